@@ -1,0 +1,270 @@
+"""The states of a delivery and what moves it: the one table that everything else is held to.
+
+A delivery (message × recipient) is the unit of state. `MOVES` is the whole state machine; the
+diagram in docs/states.md, the enum of the contract and the CHECK in the database are tested
+against it. `next_step` is the branch that decides after every attempt, and it is pure: the same
+delivery, result, time and chance give the same step.
+
+The rule behind it. An attempt that ended without proof is never counted as not sent:
+
+    outcome            RETRYING                        SEND_ONCE, or a forced attempt
+    ACCEPTED           SENT                            SENT
+    DEFERRED (proof)   DEFERRED, until used up         DEFERRED; forced: FAILED
+    REJECTED (proof)   FAILED                          FAILED
+    UNKNOWN            DEFERRED and possibly sent      OUTCOME_UNKNOWN, never tried by itself
+
+Attempts used up end in FAILED only where no attempt may have been sent, else in OUTCOME_UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import enum
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from random import Random
+
+from mailgrpc.core.retry import RetryPolicy, backoff
+
+
+class State(enum.IntEnum):
+    """Where a delivery is; numbers are those of `DeliveryState` in the contract."""
+
+    QUEUED = 1
+    SENDING = 2
+    DEFERRED = 3
+    SENT = 4
+    DELIVERED = 5
+    BOUNCED = 6
+    COMPLAINED = 7
+    FAILED = 8
+    OUTCOME_UNKNOWN = 9
+    SUPPRESSED = 10
+    CANCELLED = 11
+    EXPIRED = 12
+
+
+class Mode(enum.IntEnum):
+    """What an ambiguous attempt leads to; numbers are those of `DeliveryMode`."""
+
+    RETRYING = 1
+    SEND_ONCE = 2
+
+
+class Outcome(enum.IntEnum):
+    """What an attempt returned; numbers are those of `AttemptOutcome`."""
+
+    ACCEPTED = 1  # the provider took it
+    DEFERRED = 2  # provably not sent, may be tried again
+    REJECTED = 3  # provably not sent, pointless to try again
+    UNKNOWN = 4  # may or may not have been sent
+
+
+class Cause(enum.IntEnum):
+    """Why an attempt was not accepted; numbers are those of `FailureCause`."""
+
+    UNSPECIFIED = 0
+    BAD_ADDRESS = 1
+    MAILBOX_FULL = 2
+    POLICY = 3
+    CONTENT = 4
+    TOO_LARGE = 5
+    SENDER = 6
+    RATE_LIMITED = 7
+    CREDENTIALS = 8
+    DNS = 9
+    CONNECTION = 10
+    TLS = 11
+    TIMEOUT = 12
+    PROVIDER = 13
+    WORKER_LOST = 14
+    INTERNAL = 15
+
+
+class WaitReason(enum.IntEnum):
+    """Why a QUEUED or DEFERRED delivery is not being sent yet; numbers are those of the contract."""
+
+    UNSPECIFIED = 0
+    DUE = 1
+    SCHEDULED = 2
+    BACKOFF = 3
+    RATE_LIMITED = 4
+    CHANNEL_PAUSED = 5
+    HELD = 6
+
+
+class SuppressionReason(enum.IntEnum):
+    """Why a delivery was not sent; numbers are those of the contract."""
+
+    UNSPECIFIED = 0
+    PREFERENCE = 1
+    MANUAL = 2
+    BOUNCE = 3
+    COMPLAINT = 4
+    UNSUBSCRIBE = 5
+    STOPPED = 6
+    DUPLICATE = 7
+
+
+class Role(enum.IntEnum):
+    """Which list of the message a recipient stood in; numbers are those of `RecipientRole`."""
+
+    TO = 1
+    CC = 2
+    BCC = 3
+
+
+_WAITING_MOVES = frozenset({State.SENDING, State.CANCELLED, State.EXPIRED, State.SUPPRESSED})
+_PROOF = frozenset(
+    {State.SENT, State.DELIVERED, State.BOUNCED, State.COMPLAINED, State.FAILED}
+)
+
+MOVES: Mapping[State, frozenset[State]] = {
+    # Late proof about an attempt made before Resend, backoff, cancel or expiry moves these too.
+    State.QUEUED: _WAITING_MOVES | _PROOF,
+    State.DEFERRED: _WAITING_MOVES | _PROOF | {State.QUEUED},
+    State.SENDING: frozenset(
+        {State.SENT, State.DEFERRED, State.FAILED, State.OUTCOME_UNKNOWN}
+    ),
+    State.SENT: frozenset({State.DELIVERED, State.BOUNCED, State.COMPLAINED, State.QUEUED}),
+    State.DELIVERED: frozenset({State.BOUNCED, State.COMPLAINED, State.QUEUED}),
+    State.BOUNCED: frozenset({State.DELIVERED, State.COMPLAINED, State.QUEUED}),
+    State.COMPLAINED: frozenset(),
+    State.FAILED: frozenset({State.QUEUED}),
+    State.OUTCOME_UNKNOWN: _PROOF | {State.QUEUED},
+    State.SUPPRESSED: frozenset({State.QUEUED}),
+    State.CANCELLED: _PROOF | {State.QUEUED},
+    State.EXPIRED: _PROOF | {State.QUEUED},
+}
+"""From each state to the states that may follow. What is not here does not happen."""
+
+UNENDED = frozenset({State.QUEUED, State.SENDING, State.DEFERRED})
+"""States that move by themselves; all others are ended."""
+
+WITHOUT_PROOF = frozenset(
+    {State.OUTCOME_UNKNOWN, State.DEFERRED, State.QUEUED, State.CANCELLED, State.EXPIRED}
+)
+"""States that rest on no proof about the last attempt: a late result may still correct them."""
+
+AGGREGATE_ORDER = (
+    State.SENDING,
+    State.QUEUED,
+    State.DEFERRED,
+    State.OUTCOME_UNKNOWN,
+    State.FAILED,
+    State.BOUNCED,
+    State.COMPLAINED,
+    State.EXPIRED,
+    State.CANCELLED,
+    State.SUPPRESSED,
+    State.SENT,
+    State.DELIVERED,
+)
+"""A message's state is the first of these that one of its deliveries has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one attempt came to, as a provider tells it for one delivery."""
+
+    outcome: Outcome
+    cause: Cause = Cause.UNSPECIFIED
+    status_code: int = 0  # SMTP or HTTP; 0 where there was none
+    enhanced_code: str = ""  # RFC 3463, e.g. "5.1.1"
+    text: str = ""  # at most 1,024 bytes, no control characters: see result_text
+    provider_message_id: str = ""
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message to one recipient, as its row says."""
+
+    delivery_id: uuid.UUID  # see core/ids.py
+    recipient: str  # normalised
+    role: Role
+    state: State
+    state_since: datetime
+    version: int
+    mode: Mode
+    attempt_count: int = 0
+    due_at: datetime | None = None
+    wait_reason: WaitReason = WaitReason.UNSPECIFIED
+    expire_at: datetime | None = None  # None: never, after a Resend lifted it
+    forced: bool = False  # by Resend: one attempt, no retry
+    possibly_sent: bool = False
+    suppression_reason: SuppressionReason = SuppressionReason.UNSPECIFIED
+    duplicate_of: uuid.UUID | None = None  # a message id
+    last_result: Result | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What becomes of a delivery. `due_at` and `wait_reason` are set where it waits."""
+
+    state: State
+    possibly_sent: bool
+    due_at: datetime | None = None
+    wait_reason: WaitReason = WaitReason.UNSPECIFIED
+
+
+def next_step(
+    delivery: Delivery, result: Result, now: datetime, policy: RetryPolicy, rng: Random
+) -> Step:
+    """What the result of the attempt that is running means for its delivery (in SENDING).
+
+    A wait never reaches past `expire_at`: the delivery is due then at the latest, and its start
+    finds it expired. So no other clock has to watch for it.
+    """
+    possibly_sent = delivery.possibly_sent or result.outcome is Outcome.UNKNOWN
+    if result.outcome is Outcome.ACCEPTED:
+        return Step(State.SENT, possibly_sent)
+    if result.outcome is Outcome.REJECTED:
+        return Step(State.FAILED, possibly_sent)
+    once = delivery.forced or delivery.mode is Mode.SEND_ONCE
+    if result.outcome is Outcome.UNKNOWN and once:
+        return Step(State.OUTCOME_UNKNOWN, possibly_sent)
+    if delivery.forced or delivery.attempt_count >= policy.max_attempts:
+        return Step(State.OUTCOME_UNKNOWN if possibly_sent else State.FAILED, possibly_sent)
+
+    wait = backoff(delivery.attempt_count, policy, rng)
+    reason = WaitReason.BACKOFF
+    if result.retry_after is not None and result.retry_after > wait:
+        wait = result.retry_after
+        reason = WaitReason.RATE_LIMITED
+    due_at = now + wait
+    if delivery.expire_at is not None:
+        due_at = min(due_at, delivery.expire_at)
+    return Step(State.DEFERRED, possibly_sent, due_at, reason)
+
+
+def late_step(delivery: Delivery, result: Result) -> Step | None:
+    """What a result that came late means; None where it changes nothing but its attempt.
+
+    Asked when the attempt is the last one started and the delivery is no longer SENDING. Only
+    proof moves it, and only where the state rests on none: a pending retry is then dropped.
+    """
+    if delivery.state not in WITHOUT_PROOF:
+        return None
+    if result.outcome is Outcome.ACCEPTED:
+        return Step(State.SENT, delivery.possibly_sent)
+    if result.outcome is Outcome.REJECTED:
+        return Step(State.FAILED, delivery.possibly_sent)
+    return None
+
+
+def aggregate(states: set[State]) -> State:
+    """The state of a message with these deliveries. `states` is not empty."""
+    return next(state for state in AGGREGATE_ORDER if state in states)
+
+
+def result_text(text: str) -> str:
+    """A provider's words, fit to store and to show: one line, at most 1,024 bytes of UTF-8."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line.encode("utf-8", "replace")[:1024].decode("utf-8", "ignore")
+
+
+def result_with_text(result: Result, text: str) -> Result:
+    """The same result with other words, cleaned."""
+    return replace(result, text=result_text(text))

@@ -1,0 +1,90 @@
+"""What a provider owes to the worker: one call, honestly classed.
+
+A provider says how to send and what each answer means. It never raises for a refusal, a time-out
+or a broken connection: every delivery of a call gets exactly one Result. Where it cannot prove
+that a delivery was not accepted, the outcome is UNKNOWN; a wrong DEFERRED here is a second mail
+to somebody, a wrong UNKNOWN only a question.
+
+    phase                                       failure means
+    resolve, connect, TLS, greeting, log-in     DEFERRED or REJECTED: nothing was said yet
+    before the last look                        DEFERRED or REJECTED: no message was given
+    from the first byte after the last look     UNKNOWN, unless the answer itself is a refusal
+
+The last look (`SendCall.last_look`) is asked once, at the last point that still proves
+non-sending: before the write that holds the final dot, or before the first byte of an HTTP
+request. It answers False when the worker's lease may have run out; the call then ends DEFERRED
+with cause WORKER_LOST for all its deliveries, and nothing was sent.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import Protocol
+
+from mailgrpc.core.delivery import Result
+from mailgrpc.core.message import MailMessage, Recipient
+from mailgrpc.errors import Violation
+
+
+class Grouping(Enum):
+    """How deliveries of one message may share a call."""
+
+    ENVELOPE = "envelope"  # headers do not depend on who is in the group (SMTP)
+    PERSONAL = "personal"  # each recipient sees only itself (SendGrid's personalizations)
+
+
+@dataclass(frozen=True, slots=True)
+class Addressee:
+    """One delivery within a call."""
+
+    delivery_id: uuid.UUID
+    recipient: Recipient
+
+
+@dataclass(frozen=True, slots=True)
+class SendCall:
+    """One call: a message to some of its recipients, in one attempt of each.
+
+    `rfc_message_id` is the Message-ID header with its angle brackets, the same in every attempt.
+    `created_at` is when the message was accepted: the Date header, the same in every attempt.
+    """
+
+    call_id: uuid.UUID
+    message_id: uuid.UUID
+    project: str
+    message: MailMessage
+    rfc_message_id: str
+    created_at: datetime
+    addressees: Sequence[Addressee]
+    last_look: Callable[[], bool]
+
+
+class Provider(Protocol):
+    """A use of a protocol or service with its credentials: what a channel URL becomes."""
+
+    name: str  # "smtp", "sendgrid", "capture"
+    grouping: Grouping
+    group_max: int  # deliveries of one message a call may carry, at most
+
+    def check(self, message: MailMessage) -> list[Violation]:
+        """What of a (checked) message this provider cannot carry; asked at Enqueue, no I/O."""
+
+    async def send(self, call: SendCall) -> list[Result]:
+        """Carry out one call. One Result an addressee, in their order. Never raises for I/O."""
+
+    async def probe(self) -> str:
+        """Connect and log in without sending, for `mailgrpc doctor`; the answer in a line.
+
+        Raises ProbeFailed with what to do about it.
+        """
+
+    async def close(self) -> None:
+        """End the pooled connections."""
+
+
+class ProbeFailed(Exception):
+    """A channel cannot be used as it is configured; the text says why."""
