@@ -49,15 +49,6 @@ def parse_host_port(text: str) -> HostPort:
     return HostPort(host.strip("[]") or "0.0.0.0", int(port))  # noqa: S104  the caller's own wish
 
 
-def _parse_bool(text: str) -> bool:
-    match text.lower():
-        case "1" | "true" | "yes" | "on":
-            return True
-        case "0" | "false" | "no" | "off" | "":
-            return False
-    raise ValueError("expected true or false")
-
-
 def _parse_seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
@@ -150,6 +141,12 @@ class Settings:
         7 * 86400.0, _parse_seconds, "how long events can be resumed from (at least 72 h)"
     )
     channels: Mapping[str, str] = field(default_factory=dict, metadata={"secret": True})
+    ready_fd: int | None = _setting(
+        None, _parse_count, "set by `mailgrpc up`: where a child says that it is ready"
+    )
+    under_up: bool = _setting(
+        False, lambda text: text == "1", "set by `mailgrpc up`: one log for all, for people"
+    )
 
     # The client's own settings.
     target: str = _setting("127.0.0.1:50051", str, "the server that the client commands call")

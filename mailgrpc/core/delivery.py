@@ -26,6 +26,7 @@ from datetime import datetime, timedelta
 from random import Random
 
 from mailgrpc.core.retry import RetryPolicy, backoff
+from mailgrpc.errors import Reason
 
 
 class State(enum.IntEnum):
@@ -188,6 +189,7 @@ class Delivery:
     state_since: datetime
     version: int
     mode: Mode
+    flags: int = 0  # of its message, categories included
     attempt_count: int = 0
     due_at: datetime | None = None
     wait_reason: WaitReason = WaitReason.UNSPECIFIED
@@ -268,3 +270,35 @@ def result_text(text: str) -> str:
 def result_with_text(result: Result, text: str) -> Result:
     """The same result with other words, cleaned."""
     return replace(result, text=result_text(text))
+
+
+def resend_refusal(delivery: Delivery, *, accept_duplicate_risk: bool) -> Reason | None:
+    """Why a delivery may not be sent once more by force; None where it may.
+
+    Whether what suppressed it still stands is for the caller to find out.
+    """
+    if delivery.state is State.SENDING:
+        return Reason.MESSAGE_SENDING
+    if delivery.state in (State.QUEUED, State.COMPLAINED):
+        return Reason.NOT_RESENDABLE
+    may_have_been_sent = delivery.possibly_sent or delivery.state in (
+        State.SENT,
+        State.DELIVERED,
+        State.OUTCOME_UNKNOWN,
+    )
+    is_duplicate = delivery.suppression_reason is SuppressionReason.DUPLICATE
+    if (may_have_been_sent or is_duplicate) and not accept_duplicate_risk:
+        return Reason.DUPLICATE_RISK
+    return None
+
+
+def resend_step(delivery: Delivery, now: datetime) -> tuple[Step, bool, datetime | None]:
+    """What Resend makes of a delivery that it may: (step, forced, expire_at).
+
+    A DEFERRED one is due now and its policy goes on; an ended one gets a single attempt, and its
+    expiry, which may have passed, no longer binds it.
+    """
+    step = Step(State.QUEUED, delivery.possibly_sent, now, WaitReason.DUE)
+    if delivery.state is State.DEFERRED:
+        return step, False, delivery.expire_at
+    return step, True, None

@@ -72,3 +72,11 @@ def from_text(prefix: str, text: str) -> uuid.UUID | None:
             return None
         number = number << 5 | digit
     return uuid.UUID(int=number) if number < 1 << 128 else None
+
+
+def rfc_message_id(message_id: uuid.UUID, sender_address: str) -> str:
+    """The Message-ID header (RFC 5322 section 3.6.4), with its brackets; the same in every attempt.
+
+    Under the sender's domain, because that is who vouches for its being unique.
+    """
+    return f"<{to_text(MESSAGE, message_id)}@{sender_address.rpartition('@')[2]}>"

@@ -1,1 +1,1 @@
-
+"""PostgreSQL: the truth. One file a noun; the SQL stands beside the function that runs it."""

@@ -1,1 +1,1 @@
-"""Providers: how mail leaves. One file a protocol or service; see `provider.py` for what it owes."""
+"""Providers: how mail leaves. One file a protocol or service; `provider.py` says what it owes."""

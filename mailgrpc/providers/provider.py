@@ -10,10 +10,14 @@ to somebody, a wrong UNKNOWN only a question.
     before the last look                        DEFERRED or REJECTED: no message was given
     from the first byte after the last look     UNKNOWN, unless the answer itself is a refusal
 
-The last look (`SendCall.last_look`) is asked once, at the last point that still proves
-non-sending: before the write that holds the final dot, or before the first byte of an HTTP
-request. It answers False when the worker's lease may have run out; the call then ends DEFERRED
-with cause WORKER_LOST for all its deliveries, and nothing was sent.
+The last look (`SendCall.last_look`) is asked at the last point that still proves non-sending:
+before the write that holds the final dot, or before the first byte of an HTTP request. A provider
+that splits a call into several requests asks again before each. It answers False when the worker's
+lease may have run out; what has not been decided by then ends DEFERRED with cause WORKER_LOST, and
+nothing more is sent.
+
+A call that is cancelled leaves nothing behind: its connection is dropped, not used again. Its
+outcome is then unknown to everybody but the reaper.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Protocol
 
-from mailgrpc.core.delivery import Result
+from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.message import MailMessage, Recipient
 from mailgrpc.errors import Violation
 
@@ -74,7 +78,10 @@ class Provider(Protocol):
         """What of a (checked) message this provider cannot carry; asked at Enqueue, no I/O."""
 
     async def send(self, call: SendCall) -> list[Result]:
-        """Carry out one call. One Result an addressee, in their order. Never raises for I/O."""
+        """Carry out one call. One Result an addressee, in their order. Never raises for I/O.
+
+        A message that cannot be put into the provider's form is REJECTED with cause CONTENT.
+        """
 
     async def probe(self) -> str:
         """Connect and log in without sending, for `mailgrpc doctor`; the answer in a line.
@@ -88,3 +95,15 @@ class Provider(Protocol):
 
 class ProbeFailed(Exception):
     """A channel cannot be used as it is configured; the text says why."""
+
+
+def everyone(call: SendCall, result: Result) -> list[Result]:
+    """The same result for each addressee."""
+    return [result] * len(call.addressees)
+
+
+def worker_lost() -> Result:
+    """What a call ends with when the last look said no."""
+    return Result(
+        Outcome.DEFERRED, Cause.WORKER_LOST, text="the worker's lease ran out before the mail left"
+    )

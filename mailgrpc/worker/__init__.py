@@ -1,1 +1,1 @@
-
+"""The worker: claims, starts, sends and records. Read `drain.py` first, then `sessions.py`."""

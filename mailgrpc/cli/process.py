@@ -1,0 +1,63 @@
+"""What the long-running commands share: settings, logs, signals, and errors told in a line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+
+import click
+import uvloop
+
+from mailgrpc.config import Settings, load_settings
+from mailgrpc.errors import MailgrpcError
+from mailgrpc.telemetry import start_logging
+
+
+def load(**flags: str | None) -> Settings:
+    """The settings, with flags that were given; logging has begun. Exits 2 on a wrong one."""
+    warnings: list[str] = []
+    overrides = {name: text for name, text in flags.items() if text is not None}
+    try:
+        settings = load_settings(overrides=overrides, warn=warnings.append)
+    except MailgrpcError as error:
+        click.echo(f"mailgrpc: {error}", err=True)
+        sys.exit(2)
+    start_logging(settings.log_format, settings.log_level, for_people=settings.under_up)
+    for warning in warnings:
+        click.echo(f"mailgrpc: warning: {warning}", err=True)
+    return settings
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Tell an error of ours in one line and exit 1."""
+    try:
+        yield
+    except MailgrpcError as error:
+        click.echo(f"mailgrpc: {error}", err=True)
+        sys.exit(1)
+
+
+def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run `main` with an event that SIGTERM or Ctrl-C sets; a second one ends at once."""
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(main(stop))
+
+        def asked() -> None:
+            if stop.is_set():
+                task.cancel()
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    with told():
+        uvloop.run(run())

@@ -1,0 +1,43 @@
+"""`mailgrpc work`: the worker."""
+
+from __future__ import annotations
+
+import asyncio
+
+import click
+
+from mailgrpc.cli.process import load, run_until_stopped
+from mailgrpc.config import Settings
+from mailgrpc.db.engine import Database
+from mailgrpc.telemetry import notify_ready
+from mailgrpc.worker.main import keep_arq_running
+from mailgrpc.worker.runtime import Worker
+
+
+@click.command()
+@click.option("--burst", is_flag=True, help="Send what is due now, then exit.")
+def work(burst: bool) -> None:
+    """Deliver what is due until SIGTERM or Ctrl-C."""
+    settings = load()
+    run_until_stopped(lambda stop: _work(settings, stop, burst))
+
+
+async def _work(settings: Settings, stop: asyncio.Event, burst: bool) -> None:
+    database = Database(settings.database_url, pool_size=settings.database_pool)
+    try:
+        worker = Worker(settings, database)
+        if burst:
+            await worker.burst()
+            return
+        await worker.start()
+        arq = None
+        if settings.redis_url is not None:
+            arq = asyncio.create_task(keep_arq_running(settings.redis_url, worker))
+        click.echo(f"working on {', '.join(sorted(settings.channels))}", err=True)
+        notify_ready(settings.ready_fd)
+        await stop.wait()
+        if arq is not None:
+            arq.cancel()
+        await worker.stop()
+    finally:
+        await database.close()

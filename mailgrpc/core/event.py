@@ -1,0 +1,162 @@
+"""Facts: what the feed holds and what the answers show."""
+
+from __future__ import annotations
+
+import enum
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from mailgrpc.core.delivery import UNENDED, Delivery, Result, State, aggregate
+from mailgrpc.core.ids import message_of
+
+
+class EventKind(enum.IntEnum):
+    """What an event tells; numbers are those of the contract."""
+
+    STATE_CHANGED = 16
+    MESSAGE_REMOVED = 17
+    MESSAGES_CLEARED = 18
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One delivery's part in one call to a provider. `result` is None while it runs."""
+
+    delivery_id: uuid.UUID
+    number: int  # from 1
+    call_id: uuid.UUID
+    channel: str
+    provider: str
+    started_at: datetime
+    ended_at: datetime | None = None
+    result: Result | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a message's events are found and recognised by; joined once a message, never copied."""
+
+    correlation_id: str = ""
+    tags: tuple[str, ...] = ()
+    custom_args: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_LABELS = Labels()
+"""For an event whose message was cleared since."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An immutable fact. `lane` and `seq` are its place; with `fingerprint` they are its id."""
+
+    lane: int
+    seq: int
+    fingerprint: int  # 32 bits, signed
+    project_id: int
+    kind: EventKind
+    occurred_at: datetime
+    actor: str = ""
+    message_id: uuid.UUID | None = None
+    old_state: State | None = None  # None: the delivery is new
+    delivery: Delivery | None = None  # as it is after
+    attempt: Attempt | None = None
+    payload: Mapping[str, Any] | None = None
+    labels: Labels = NO_LABELS
+
+    @property
+    def event_id(self) -> uuid.UUID:
+        """Ordered by place in the feed, and unlike any other even after a fail-over."""
+        return uuid.UUID(
+            int=self.seq << 64 | (self.lane & 0xFFFF) << 48 | (self.fingerprint & 0xFFFF_FFFF)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStatus:
+    """A message without its content: who it went to and what became of each."""
+
+    message_id: uuid.UUID
+    request_id: str
+    subject: str
+    created_at: datetime
+    deliveries: tuple[Delivery, ...]
+    labels: Labels = NO_LABELS
+
+    @property
+    def state(self) -> State:
+        """The aggregate of the deliveries' states."""
+        return aggregate({delivery.state for delivery in self.deliveries})
+
+    @property
+    def ended(self) -> bool:
+        """Whether no delivery will move by itself any more."""
+        return not any(delivery.state in UNENDED for delivery in self.deliveries)
+
+    @property
+    def counts(self) -> Mapping[State, int]:
+        """How many deliveries are in each state."""
+        return Counter(delivery.state for delivery in self.deliveries)
+
+    @property
+    def updated_at(self) -> datetime:
+        """When a delivery last changed its state."""
+        return max(delivery.state_since for delivery in self.deliveries)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which messages or events are meant: AND between fields, OR within one; empty is all.
+
+    `recipients` are normalised addresses. `created_after` is inclusive, `created_before` is not.
+    """
+
+    message_ids: frozenset[uuid.UUID] = frozenset()
+    correlation_ids: frozenset[str] = frozenset()
+    recipients: frozenset[str] = frozenset()
+    tags: frozenset[str] = frozenset()
+    states: frozenset[State] = frozenset()
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything matches."""
+        return self == EVERYTHING
+
+    def matches(self, event: Event) -> bool:
+        """Whether a watcher with this filter is shown this event.
+
+        The removal of many messages is shown to every watcher: it may hold some of them.
+        """
+        if event.kind is EventKind.MESSAGES_CLEARED or self.is_empty:
+            return True
+        message_id, delivery = event.message_id, event.delivery
+        if self.message_ids and message_id not in self.message_ids:
+            return False
+        if self.correlation_ids and event.labels.correlation_id not in self.correlation_ids:
+            return False
+        if self.tags and self.tags.isdisjoint(event.labels.tags):
+            return False
+        if self.created_after or self.created_before:
+            created_at = created_at_of(message_id) if message_id else event.occurred_at
+            if self.created_after and created_at < self.created_after:
+                return False
+            if self.created_before and created_at >= self.created_before:
+                return False
+        if delivery is None:  # about a whole message
+            return True
+        if self.recipients and delivery.recipient not in self.recipients:
+            return False
+        return not self.states or delivery.state in self.states
+
+
+EVERYTHING = Filter()
+
+
+def created_at_of(identifier: uuid.UUID) -> datetime:
+    """When a message was accepted, from its id or a delivery's; to the millisecond."""
+    return datetime.fromtimestamp((message_of(identifier).int >> 80) / 1000, UTC)

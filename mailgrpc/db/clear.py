@@ -1,0 +1,114 @@
+"""Which messages a filter means, and removing them in chunks."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from mailgrpc.core.delivery import UNENDED, State
+from mailgrpc.core.event import Filter
+from mailgrpc.db.engine import Database
+from mailgrpc.db.tables import deliveries, messages
+
+CHUNK_MESSAGES = 500
+"""Messages a transaction: short enough that others do not feel its locks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """What a chunk did. `sending` messages were left alone."""
+
+    cleared: int
+    sending: int
+
+
+def _of_message() -> sa.ColumnElement[bool]:
+    last = sa.func.mailgrpc.last_delivery_of(messages.c.id)
+    return sa.and_(deliveries.c.id > messages.c.id, deliveries.c.id <= last)
+
+
+def matching(project_id: int, wanted: Filter) -> sa.Select[tuple[uuid.UUID]]:
+    """The ids of the project's messages that a filter means.
+
+    A message matches `recipients` and `states` when one of its deliveries does.
+    """
+    m = messages.c
+    query = sa.select(m.id).where(m.project_id == project_id)
+    if wanted.message_ids:
+        query = query.where(m.id.in_(wanted.message_ids))
+    if wanted.correlation_ids:
+        query = query.where(m.correlation_id.in_(wanted.correlation_ids))
+    if wanted.tags:
+        query = query.where(m.tags.has_any(sa.cast(sorted(wanted.tags), sa.ARRAY(sa.Text))))
+    if wanted.created_after:
+        query = query.where(m.created_at >= wanted.created_after)
+    if wanted.created_before:
+        query = query.where(m.created_at < wanted.created_before)
+    if wanted.recipients or wanted.states:
+        some = sa.select(sa.literal(1)).where(_of_message())
+        if wanted.recipients:
+            some = some.where(deliveries.c.recipient.in_(wanted.recipients))
+        if wanted.states:
+            some = some.where(deliveries.c.state.in_([int(s) for s in wanted.states]))
+        query = query.where(some.exists())
+    return query
+
+
+async def find_clearable(
+    db: Database,
+    project_id: int,
+    wanted: Filter,
+    *,
+    force: bool,
+    after: uuid.UUID | None,
+    limit: int,
+) -> tuple[list[uuid.UUID], list[uuid.UUID]]:
+    """The next messages that Clear may remove, and those it leaves because they are being sent.
+
+    By id, from `after` on; at most `limit` in both together.
+    """
+    is_sending = _some_delivery_in([State.SENDING])
+    query = matching(project_id, wanted).add_columns(is_sending.label("sending"))
+    if after is not None:
+        query = query.where(messages.c.id > after)
+    if not force:
+        waiting = _some_delivery_in(sorted(UNENDED - {State.SENDING}))
+        query = query.where(sa.not_(waiting))
+    rows = await db.select(query.order_by(messages.c.id).limit(limit))
+    return [r.id for r in rows if not r.sending], [r.id for r in rows if r.sending]
+
+
+def _some_delivery_in(states: list[State]) -> sa.ColumnElement[bool]:
+    return (
+        sa.select(sa.literal(1))
+        .where(_of_message(), deliveries.c.state.in_([int(s) for s in states]))
+        .exists()
+    )
+
+
+async def clear_messages(
+    db: Database,
+    lane: int,
+    actor: str,
+    project_id: int,
+    message_ids: list[uuid.UUID],
+    *,
+    force: bool,
+    filter_json: str,
+) -> Cleared:
+    """Remove these messages in one transaction, and tell every watcher.
+
+    States are checked again under lock: what is being sent by now stays.
+    """
+    [row] = await db.write(
+        "SELECT * FROM clear_messages($1, $2, $3, $4, $5, $6)",
+        lane,
+        actor,
+        project_id,
+        message_ids,
+        force,
+        filter_json,
+    )
+    return Cleared(row["cleared"], row["sending"])

@@ -1,0 +1,287 @@
+"""Deliveries: claim, start, record and move. Each is one call of a function in the database.
+
+The order of a delivery's life, and what each call promises:
+
+    claim_due           leases it to a session; changes no state
+    start_deliveries    re-reads everything that forbids a send; only what it returns may be sent
+    record_outcomes     writes each result to its attempt always, to its delivery where that
+                        attempt is the running one; answers those that came late
+    move_deliveries     everything else that changes a state, from a version that was read
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from mailgrpc.core.delivery import Delivery, Result, Step
+from mailgrpc.db.engine import Database
+from mailgrpc.db.rows import LAST_ATTEMPT, RESULT_COLUMNS, delivery_of, result_of
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A delivery under this session's lease. `claims` counts how often it was claimed since it
+    last waited; more than 1 means that a worker ended with it."""
+
+    delivery_id: uuid.UUID
+    project_id: int
+    claims: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """A batch. `next_due_at` is set where the batch was not full and something is due later."""
+
+    claimed: list[Claimed]
+    next_due_at: datetime | None
+
+
+async def claim_due(
+    db: Database, session_id: int, channel: str, limit: int, after_project: int
+) -> Claims:
+    """Lease up to `limit` due deliveries of a channel. Raises SessionEnded, StoreUnavailable."""
+    rows = await db.write(
+        "SELECT * FROM claim_due($1, $2, $3, $4)", session_id, channel, limit, after_project
+    )
+    claimed = [
+        Claimed(row["delivery_id"], row["project_id"], row["claims"])
+        for row in rows
+        if row["delivery_id"] is not None
+    ]
+    later = [row["next_due_at"] for row in rows if row["delivery_id"] is None]
+    return Claims(claimed, later[0] if later else None)
+
+
+async def release_claims(db: Database, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
+    """Give claimed deliveries back, as if they had not been claimed. Started ones stay."""
+    await db.write(
+        """UPDATE due q SET session_id = NULL, claims = greatest(q.claims - 1, 0)
+           FROM deliveries d WHERE d.id = q.delivery_id AND d.state <> 2
+           AND q.delivery_id = ANY ($2::uuid[]) AND q.session_id = $1""",
+        session_id,
+        delivery_ids,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """A claimed delivery that a worker is about to start, with the ids of its new attempt."""
+
+    delivery_id: uuid.UUID
+    attempt_id: uuid.UUID
+    call_id: uuid.UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A delivery in SENDING, and its running attempt."""
+
+    delivery: Delivery
+    attempt_id: uuid.UUID
+    call_id: uuid.UUID
+    channel: str
+    started_at: datetime
+
+
+async def start_deliveries(
+    db: Database, session_id: int, lane: int, starting: Sequence[Starting]
+) -> list[Started]:
+    """Move claimed deliveries to SENDING, each with its new attempt; the commit is in.
+
+    What is not returned is not to be sent: it expired, is suppressed, or is not ours any more.
+    After AmbiguousCommit nothing of it may be sent either; the reaper finds what was committed.
+    Raises SessionEnded, StoreUnavailable.
+    """
+    rows = await db.write(
+        "SELECT * FROM start_deliveries($1, $2, $3, $4, $5)",
+        session_id,
+        lane,
+        [s.delivery_id for s in starting],
+        [s.attempt_id for s in starting],
+        [s.call_id for s in starting],
+    )
+    return [started_of(row) for row in rows]
+
+
+def started_of(row: Any) -> Started:
+    """A row of `deliveries` in SENDING."""
+    return Started(
+        delivery_of(row),
+        row["attempt_id"],
+        row["call_id"],
+        row["channel"],
+        row["attempt_started_at"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The end of one attempt: what came back, and the step that it means."""
+
+    started: Started
+    provider: str
+    ended_at: datetime
+    result: Result
+    step: Step
+
+
+async def record_outcomes(
+    db: Database, lane: int, recorded: Sequence[Recorded]
+) -> set[uuid.UUID]:
+    """Write results. Answers the deliveries that were no longer in this attempt (late results).
+
+    Each delivery at most once in a call. Running it again after AmbiguousCommit is harmless: the
+    attempt is there already, and its delivery is then answered as late.
+    """
+    results = [r.result for r in recorded]
+    deliveries = [r.started.delivery for r in recorded]
+    rows = await db.write(
+        "SELECT * FROM record_outcomes($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,"
+        "$17,$18,$19,$20)",
+        lane,
+        [d.delivery_id for d in deliveries],
+        [r.started.attempt_id for r in recorded],
+        [d.attempt_count for d in deliveries],
+        [r.started.call_id for r in recorded],
+        [r.started.channel for r in recorded],
+        [r.provider for r in recorded],
+        [r.started.started_at for r in recorded],
+        [r.ended_at for r in recorded],
+        [r.outcome for r in results],
+        [r.cause for r in results],
+        [r.status_code for r in results],
+        [r.enhanced_code for r in results],
+        [r.text for r in results],
+        [r.provider_message_id for r in results],
+        [_milliseconds(r) for r in results],
+        [r.step.state for r in recorded],
+        [r.step.possibly_sent for r in recorded],
+        [r.step.due_at for r in recorded],
+        [r.step.wait_reason for r in recorded],
+    )
+    return {row["late_id"] for row in rows}
+
+
+def _milliseconds(result: Result) -> int | None:
+    if result.retry_after is None:
+        return None
+    return min(int(result.retry_after.total_seconds() * 1000), 2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A step for a delivery that is not SENDING, decided on what was read of it."""
+
+    delivery: Delivery
+    step: Step
+    forced: bool = False
+    expire_at: datetime | None = None
+
+
+async def move_deliveries(db: Database, lane: int, actor: str, moves: Sequence[Move]) -> int:
+    """Carry out moves; each happens only from the version it was decided on. How many did."""
+    rows = await db.write(
+        "SELECT id FROM move_deliveries($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        lane,
+        actor,
+        *_move_columns(moves, with_state=True),
+    )
+    return len(rows)
+
+
+async def resend_deliveries(
+    db: Database,
+    lane: int,
+    actor: str,
+    *,
+    project_id: int,
+    request_id: str,
+    message_id: uuid.UUID,
+    fingerprint: bytes,
+    rule: int,
+    response: str,
+    moves: Sequence[Move],
+) -> bool:
+    """Queue deliveries once more, and remember the request with its answer: all or nothing.
+
+    Whether it was done: False means that the request_id is known. Raises StaleVersion when a
+    delivery changed since it was read.
+    """
+    [row] = await db.write(
+        "SELECT * FROM resend_deliveries($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14)",
+        lane,
+        actor,
+        project_id,
+        request_id,
+        message_id,
+        fingerprint,
+        rule,
+        response,
+        *_move_columns(moves, with_state=False),
+    )
+    return bool(row["won"])
+
+
+def _move_columns(moves: Sequence[Move], *, with_state: bool) -> list[list[Any]]:
+    columns: list[list[Any]] = [
+        [m.delivery.delivery_id for m in moves],
+        [m.delivery.version for m in moves],
+        [m.step.state for m in moves],
+        [m.step.due_at for m in moves],
+        [m.step.wait_reason for m in moves],
+        [m.forced for m in moves],
+        [m.step.possibly_sent for m in moves],
+        [m.expire_at for m in moves],
+    ]
+    if not with_state:  # Resend moves to QUEUED, due
+        del columns[4], columns[2]
+    return columns
+
+
+async def read_deliveries(
+    db: Database, delivery_ids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, Delivery]:
+    """The deliveries of these ids, with their last result."""
+    rows = await db.fetch(
+        f"SELECT d.*, {RESULT_COLUMNS} FROM deliveries d {LAST_ATTEMPT} "
+        "WHERE d.id = ANY ($1::uuid[])",
+        delivery_ids,
+    )
+    return {row["id"]: delivery_of(row, result_of(row)) for row in rows}
+
+
+async def is_last_attempt(
+    db: Database, attempts: Sequence[tuple[uuid.UUID, uuid.UUID]]
+) -> set[uuid.UUID]:
+    """Of these (delivery, attempt) pairs, the deliveries whose last started attempt it is."""
+    rows = await db.fetch(
+        """SELECT d.id FROM unnest($1::uuid[], $2::uuid[]) AS r(delivery_id, attempt_id)
+           JOIN deliveries d ON d.id = r.delivery_id
+           LEFT JOIN attempts a ON a.delivery_id = d.id AND a.number = d.attempt_count
+           WHERE coalesce(d.attempt_id, a.id) = r.attempt_id""",
+        [a[0] for a in attempts],
+        [a[1] for a in attempts],
+    )
+    return {row["id"] for row in rows}
+
+
+async def promote_scheduled(db: Database, limit: int = 2000) -> int:
+    """Move what comes due within ten minutes from `scheduled` to `due`. How many."""
+    rows = await db.write(
+        """WITH soon AS (
+               DELETE FROM scheduled WHERE delivery_id IN (
+                   SELECT delivery_id FROM scheduled
+                   WHERE due_at <= now() + interval '10 minutes'
+                   ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED)
+               RETURNING *)
+           INSERT INTO due (delivery_id, channel, project_id, priority, due_at)
+           SELECT delivery_id, channel, project_id, priority, due_at FROM soon
+           ON CONFLICT DO NOTHING RETURNING delivery_id""",
+        limit,
+    )
+    return len(rows)
+

@@ -1,0 +1,223 @@
+"""How this program talks to PostgreSQL.
+
+Promises. Every write is one autocommit round trip on a connection of its own: there is no client
+transaction that could be left open. Every call runs in a task that nobody else can cancel: a
+cancelled asyncpg call can lose its connection, and a caller that hangs up must not decide whether
+a commit is seen. Who waits for the call may be cancelled at any time; the call ends by itself.
+
+What can go wrong, and what a caller of `Database` sees:
+
+    refused, reset, shutting down, no connection in time     StoreUnavailable
+    the same, after the statement may have reached Postgres  AmbiguousCommit (a StoreUnavailable)
+    deadlock 40P01, serialization 40001                      tried again here, a few times
+    data that breaks a constraint or a type                  asyncpg.PostgresError, to be handled
+    worker session ended MG001, stale version MG002          SessionEnded, StaleVersion
+
+Connections demand a server that accepts writes, so that after a fail-over one URL with several
+hosts finds the new primary. SQLAlchemy pools the connections and composes the queries whose shape
+varies; the hot statements go to asyncpg directly, with arrays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import asyncpg
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from mailgrpc.errors import MailgrpcError, SettingsError, StoreUnavailable
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+SCHEMA = "mailgrpc"
+CONNECT_TIMEOUT_S = 5.0
+_TRIES_ON_CONFLICT = 5
+
+
+class AmbiguousCommit(StoreUnavailable):
+    """The connection broke, or a wait for the standby was cut short, after a write was sent."""
+
+
+class SessionEnded(MailgrpcError):
+    """The worker session was ended by the reaper: it may claim and start nothing more."""
+
+
+class StaleVersion(MailgrpcError):
+    """A delivery changed since its step was decided."""
+
+
+_OUR_ERRORS: dict[str, type[MailgrpcError]] = {"MG001": SessionEnded, "MG002": StaleVersion}
+_CONFLICTS = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+# Nothing of the statement can have been carried out.
+_NOT_BEGUN = (
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+# It may have been carried out.
+_BROKEN = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    ConnectionError,
+    OSError,
+    TimeoutError,
+)
+
+
+class Database:
+    """The pool of connections of one process to one database.
+
+    `url` is a libpq URL (`postgresql://user:password@host1,host2/name?…`), also with `host=` as a
+    directory of a socket.
+    """
+
+    def __init__(self, url: str | None, *, pool_size: int = 8) -> None:
+        if not url:
+            raise SettingsError(
+                "MAILGRPC_DATABASE_URL is not set; `mailgrpc up` brings a PostgreSQL of its own"
+            )
+        self._url = url
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.engine: AsyncEngine = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=self._connect,
+            isolation_level="AUTOCOMMIT",
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=CONNECT_TIMEOUT_S,
+        )
+
+    async def open(self) -> None:
+        """Connect once, so that a wrong URL is told at the start. Raises StoreUnavailable."""
+        await self.fetch("SELECT 1")
+
+    async def close(self) -> None:
+        """Wait for the calls under way and end the connections."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT_S)
+        await self.engine.dispose()
+
+    async def fetch(self, sql: str, *args: Any) -> list[asyncpg.Record]:
+        """Run one statement that only reads, and return its rows."""
+        return await self._run(lambda connection: connection.fetch(sql, *args), writes=False)
+
+    async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
+        """Run one statement that writes, as a transaction of its own, and return its rows."""
+        return await self._run(lambda connection: connection.fetch(sql, *args), writes=True)
+
+    async def select(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        """Run a query composed with SQLAlchemy, and return its rows."""
+
+        async def run() -> Sequence[sa.Row[Any]]:
+            try:
+                async with self.engine.connect() as connection:
+                    return (await connection.execute(query)).all()
+            except sa.exc.DBAPIError as error:
+                cause = error.orig.__cause__ if error.orig is not None else None
+                if isinstance(cause, (*_NOT_BEGUN, *_BROKEN)):
+                    raise StoreUnavailable(str(cause)) from error
+                raise
+            except (sa.exc.TimeoutError, *_NOT_BEGUN, *_BROKEN) as error:
+                raise StoreUnavailable(str(error)) from error
+
+        return await self._uncancelled(run())
+
+    async def _run(
+        self, call: Callable[[asyncpg.Connection], Awaitable[T]], *, writes: bool
+    ) -> T:
+        async def run() -> T:
+            for attempt in range(_TRIES_ON_CONFLICT):
+                try:
+                    return await self._run_once(call, writes=writes)
+                except _CONFLICTS:
+                    if attempt == _TRIES_ON_CONFLICT - 1:
+                        raise
+            raise AssertionError("unreachable")
+
+        return await self._uncancelled(run())
+
+    async def _run_once(
+        self, call: Callable[[asyncpg.Connection], Awaitable[T]], *, writes: bool
+    ) -> T:
+        async with self._connection() as connection:
+            cut_short: list[str] = []
+
+            def listen(_connection: Any, message: Any) -> None:
+                if message.sqlstate == "01000" and "synchronous" in str(message).lower():
+                    cut_short.append(str(message))
+
+            if writes:
+                connection.add_log_listener(listen)
+            try:
+                result = await call(connection)
+            except _NOT_BEGUN as error:
+                raise StoreUnavailable(str(error)) from error
+            except _BROKEN as error:
+                # A connection in doubt is not used again.
+                connection.terminate()
+                broken = AmbiguousCommit if writes else StoreUnavailable
+                raise broken(str(error) or type(error).__name__) from error
+            except asyncpg.PostgresError as error:
+                if (ours := _OUR_ERRORS.get(error.sqlstate or "")) is not None:
+                    raise ours(str(error)) from None
+                raise
+            finally:
+                if writes and not connection.is_closed():
+                    connection.remove_log_listener(listen)
+            if cut_short:
+                # Committed here, perhaps not on the standby that may become the primary.
+                raise AmbiguousCommit(cut_short[0])
+            return result
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
+        pooled = self.engine.connect()
+        try:
+            await pooled.start()
+        except (sa.exc.TimeoutError, sa.exc.DBAPIError, asyncpg.PostgresError, *_BROKEN) as error:
+            raise StoreUnavailable(str(error) or type(error).__name__) from error
+        raw = await pooled.get_raw_connection()
+        connection: asyncpg.Connection = raw.driver_connection
+        try:
+            yield connection
+        finally:
+            if connection.is_closed():
+                await pooled.invalidate()
+            await pooled.close()
+
+    async def _uncancelled(self, work: Any) -> Any:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited may have gone; it is not "never retrieved"
+
+    async def _connect(self) -> asyncpg.Connection:
+        connection = await asyncpg.connect(
+            self._url,
+            timeout=CONNECT_TIMEOUT_S,
+            target_session_attrs="read-write",
+            server_settings={
+                "application_name": "mailgrpc",
+                "search_path": SCHEMA,
+                # Short statements over arrays: compiling them costs more than running them.
+                "jit": "off",
+            },
+        )
+        # With `off` a crash hands out the same sequence numbers again.
+        if await connection.fetchval("SHOW synchronous_commit") == "off":
+            await connection.execute("SET synchronous_commit = on")
+        return connection

@@ -1,0 +1,266 @@
+"""Messages: taking them in, and reading them back."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from mailgrpc.core.event import Attempt, Labels, MessageStatus
+from mailgrpc.core.fingerprint import RULE, content_key
+from mailgrpc.core.ids import delivery_id
+from mailgrpc.core.message import DeliveryOptions, MailMessage, Recipient, Submission
+from mailgrpc.db.content import (
+    pack_content,
+    pack_json,
+    pack_options,
+    unpack_json,
+    unpack_message,
+    unpack_options,
+)
+from mailgrpc.db.engine import Database
+from mailgrpc.db.rows import LAST_ATTEMPT, RESULT_COLUMNS, delivery_of, result_of
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A checked message on its way in, with what the settings made of it."""
+
+    message_id: uuid.UUID
+    project_id: int
+    submission: Submission
+    fingerprint: bytes
+    flags: int  # categories included
+    channel: str
+    expire_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """What of a flush was not plain: messages whose request_id was known, and messages of which a
+    delivery was not queued."""
+
+    known: frozenset[uuid.UUID]
+    with_suppressed: frozenset[uuid.UUID]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRequest:
+    """What a request_id was used for. `kind` is 1 for Enqueue, 2 for Resend."""
+
+    kind: int
+    message_id: uuid.UUID
+    fingerprint: bytes
+    rule: int
+    response: object
+
+
+async def insert_messages(db: Database, lane: int, new: Sequence[NewMessage]) -> Inserted:
+    """Store a flush: one round trip, one transaction, all or nothing.
+
+    Running it again after AmbiguousCommit with the same messages adds nothing; `known` then names
+    them, and their request ids lead to their own message ids. Raises StoreUnavailable and, for a
+    value that the database refuses, asyncpg.DataError.
+    """
+    submissions = [m.submission for m in new]
+    messages = [s.message for s in submissions]
+    options = [s.options for s in submissions]
+    files = [
+        (m.message_id, position, attachment.data)
+        for m, message in zip(new, messages, strict=True)
+        for position, attachment in enumerate(message.attachments)
+    ]
+    recipients = [
+        (index, delivery_id(m.message_id, number), r.key, r.role, dedupe_key)
+        for index, m in enumerate(new, 1)
+        for number, (r, dedupe_key) in enumerate(_recipients(m.submission), 1)
+    ]
+    rows = await db.write(
+        # $1..$27 in the order of the function's parameters.
+        "SELECT * FROM enqueue_messages($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,"
+        "$17,$18,$19,$20,$21,$22,$23,$24,$25,$26,$27)",
+        lane,
+        [m.message_id for m in new],
+        [m.project_id for m in new],
+        [s.request_id for s in submissions],
+        [m.fingerprint for m in new],
+        RULE,
+        [m.correlation_id for m in messages],
+        [m.subject for m in messages],
+        [pack_json(m.tags) for m in messages],
+        [pack_json(m.custom_args) for m in messages],
+        [pack_options(o) for o in options],
+        [m.flags for m in new],
+        [pack_content(m) for m in messages],
+        [m.channel for m in new],
+        [o.effective_priority for o in options],
+        [o.effective_mode for o in options],
+        [o.send_at for o in options],
+        [m.expire_at for m in new],
+        [o.dedupe_window.total_seconds() if o.dedupe_window else 0.0 for o in options],
+        [f[0] for f in files],
+        [f[1] for f in files],
+        [f[2] for f in files],
+        [r[0] for r in recipients],
+        [r[1] for r in recipients],
+        [r[2] for r in recipients],
+        [r[3] for r in recipients],
+        [r[4] for r in recipients],
+    )
+    return Inserted(
+        known=frozenset(row["message_id"] for row in rows if row["what"] == "known"),
+        with_suppressed=frozenset(row["message_id"] for row in rows if row["what"] == "suppressed"),
+    )
+
+
+def _recipients(submission: Submission) -> Iterable[tuple[Recipient, bytes]]:
+    """Each recipient with the key of what it is told; empty unless duplicates are to be found."""
+    recipients = submission.message.recipients
+    if not submission.options.dedupe_window:
+        return [(r, b"") for r in recipients]
+    content = content_key(submission.message)
+    return [(r, hashlib.sha256(content + r.key.encode()).digest()) for r in recipients]
+
+
+async def read_known_requests(
+    db: Database, keys: Sequence[tuple[int, str]]
+) -> dict[tuple[int, str], KnownRequest]:
+    """What these (project_id, request_id) were used for; unknown ones are left out.
+
+    A statement of its own, so that its snapshot is fresh: within the insert's own statement the
+    loser of a race sees neither row.
+    """
+    rows = await db.fetch(
+        """SELECT r.* FROM unnest($1::integer[], $2::text[]) AS k(project_id, request_id)
+           JOIN request_ids r USING (project_id, request_id)""",
+        [key[0] for key in keys],
+        [key[1] for key in keys],
+    )
+    return {
+        (row["project_id"], row["request_id"]): KnownRequest(
+            row["kind"],
+            row["message_id"],
+            row["fingerprint"],
+            row["rule"],
+            unpack_json(row["response"]) if row["response"] else None,
+        )
+        for row in rows
+    }
+
+
+async def read_statuses(
+    db: Database, project_id: int, message_ids: Iterable[uuid.UUID]
+) -> dict[uuid.UUID, MessageStatus]:
+    """The messages of these ids that exist in the project, with all their deliveries.
+
+    One statement, so one moment.
+    """
+    rows = await db.fetch(
+        f"""SELECT m.id AS message_id, m.created_at, m.request_id, m.correlation_id, m.subject,
+                m.tags, m.custom_args, d.*, {RESULT_COLUMNS}
+            FROM messages m
+            JOIN deliveries d ON d.id > m.id AND d.id <= last_delivery_of(m.id)
+            {LAST_ATTEMPT}
+            WHERE m.id = ANY ($1::uuid[]) AND m.project_id = $2 ORDER BY d.id""",
+        list(message_ids),
+        project_id,
+    )
+    by_message: dict[uuid.UUID, list[dict[str, object]]] = {}
+    for row in rows:
+        by_message.setdefault(row["message_id"], []).append(row)
+    return {
+        message_id: MessageStatus(
+            message_id=message_id,
+            request_id=group[0]["request_id"],
+            subject=group[0]["subject"],
+            created_at=group[0]["created_at"],
+            deliveries=tuple(delivery_of(row, result_of(row)) for row in group),
+            labels=labels_of(group[0]),
+        )
+        for message_id, group in by_message.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class StoredContent:
+    """What was handed over, as it is stored. `message` is None once the content is erased."""
+
+    project: str
+    message: MailMessage | None
+    options: DeliveryOptions
+    created_at: datetime
+
+
+async def read_contents(
+    db: Database, message_ids: Iterable[uuid.UUID], *, with_files: bool
+) -> dict[uuid.UUID, StoredContent]:
+    """The contents of these messages, of any project. Without files their data is empty."""
+    ids = list(message_ids)
+    rows = await db.fetch(
+        """SELECT m.*, p.name AS project FROM messages m JOIN projects p ON p.id = m.project_id
+           WHERE m.id = ANY ($1::uuid[])""",
+        ids,
+    )
+    files: dict[uuid.UUID, dict[int, bytes]] = {}
+    if with_files:
+        for row in await db.fetch(
+            "SELECT * FROM attachments WHERE message_id = ANY ($1::uuid[])", ids
+        ):
+            files.setdefault(row["message_id"], {})[row["position"]] = row["data"]
+    return {
+        row["id"]: StoredContent(
+            project=row["project"],
+            message=unpack_message(row, files.get(row["id"], {})),
+            options=unpack_options(row["options"]),
+            created_at=row["created_at"],
+        )
+        for row in rows
+    }
+
+
+async def read_attempts(db: Database, message_id: uuid.UUID) -> list[Attempt]:
+    """All attempts of a message, also those that run, by delivery and number."""
+    rows = await db.fetch(
+        """SELECT a.* FROM attempts a
+           WHERE a.delivery_id > $1 AND a.delivery_id <= last_delivery_of($1)
+           UNION ALL
+           SELECT d.id, d.attempt_count, d.attempt_id, d.call_id, d.channel, '',
+               d.attempt_started_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+           FROM deliveries d WHERE d.id > $1 AND d.id <= last_delivery_of($1) AND d.state = 2
+           ORDER BY 1, 2""",
+        message_id,
+    )
+    return [
+        Attempt(
+            delivery_id=row["delivery_id"],
+            number=row["number"],
+            call_id=row["call_id"],
+            channel=row["channel"],
+            provider=row["provider"],
+            started_at=row["started_at"],
+            ended_at=row["ended_at"],
+            result=result_of(row),
+        )
+        for row in rows
+    ]
+
+
+async def read_labels(db: Database, message_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Labels]:
+    """What the events of these messages are found by; messages that were cleared are left out."""
+    rows = await db.fetch(
+        """SELECT id, correlation_id, tags, custom_args FROM messages
+           WHERE id = ANY ($1::uuid[])""",
+        message_ids,
+    )
+    return {row["id"]: labels_of(row) for row in rows}
+
+
+def labels_of(row: dict[str, object]) -> Labels:
+    """The labels in a row of `messages`."""
+    return Labels(
+        correlation_id=str(row["correlation_id"]),
+        tags=tuple(unpack_json(row["tags"])),
+        custom_args=unpack_json(row["custom_args"]),
+    )

@@ -1,0 +1,47 @@
+"""Alembic's entry: run the migrations over asyncpg, one process at a time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import sqlalchemy as sa
+from alembic import context
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from mailgrpc.db.engine import CONNECT_TIMEOUT_S, SCHEMA
+from mailgrpc.errors import StoreUnavailable
+
+_LOCK = 0x6D67_0000_0000  # any number that no other program takes
+
+
+def run(connection: sa.Connection) -> None:
+    connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+    context.configure(connection=connection, version_table_schema=SCHEMA)
+    with context.begin_transaction():
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        context.run_migrations()
+
+
+async def main() -> None:
+    url = context.config.attributes["database_url"]
+
+    async def connect() -> asyncpg.Connection:
+        try:
+            return await asyncpg.connect(
+                url,
+                timeout=CONNECT_TIMEOUT_S,
+                target_session_attrs="read-write",
+                server_settings={"search_path": SCHEMA, "application_name": "mailgrpc migrate"},
+            )
+        except (OSError, TimeoutError, asyncpg.PostgresError) as error:
+            raise StoreUnavailable(str(error) or type(error).__name__) from error
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    async with engine.begin() as connection:
+        await connection.run_sync(run)
+    await engine.dispose()
+
+
+asyncio.run(main())

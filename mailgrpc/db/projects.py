@@ -1,0 +1,53 @@
+"""Projects and their API keys."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+from mailgrpc.core.ids import new_id
+from mailgrpc.db.engine import Database
+
+KEY_PREFIX = "mg_"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls: a project, and the name of the key that was shown (`actor` of events)."""
+
+    project_id: int
+    actor: str
+
+
+DEFAULT_CALLER = Caller(1, "")
+"""Whoever reaches the port when keys are off: the project `default`, which always exists."""
+
+
+async def find_caller(db: Database, key: str) -> Caller | None:
+    """Whose key this is; None for an unknown or revoked one."""
+    rows = await db.fetch(
+        "SELECT project_id, name FROM api_keys WHERE key_hash = $1 AND revoked_at IS NULL",
+        _hash(key),
+    )
+    return Caller(rows[0]["project_id"], rows[0]["name"]) if rows else None
+
+
+async def create_key(db: Database, project: str, name: str) -> str:
+    """A new API key of a project, which is made if it does not exist. Told once, stored hashed."""
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
+    await db.write(
+        """WITH made AS (INSERT INTO projects (name) VALUES ($1) ON CONFLICT (name) DO UPDATE
+               SET name = excluded.name RETURNING id)
+           INSERT INTO api_keys (id, project_id, name, key_hash)
+           SELECT $2, id, $3, $4 FROM made""",
+        project,
+        new_id(),
+        name,
+        _hash(key),
+    )
+    return key
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,104 @@
+"""Worker sessions: the rows behind the leases. The protocol stands in worker/sessions.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from mailgrpc.db.deliveries import Started, started_of
+from mailgrpc.db.engine import Database
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """A session that is not entirely over."""
+
+    session_id: int
+    name: str
+    channels: tuple[str, ...]
+    started_at: datetime
+    beat: int
+    beat_at: datetime
+    ended_at: datetime | None
+
+
+async def open_session(db: Database, name: str, channels: Sequence[str]) -> int:
+    """A new session. Raises StoreUnavailable."""
+    [row] = await db.write(
+        "INSERT INTO workers (name, channels) VALUES ($1, $2) RETURNING id", name, list(channels)
+    )
+    session_id: int = row["id"]
+    return session_id
+
+
+async def beat(db: Database, session_id: int) -> bool:
+    """Show that the session lives. False: it has been ended, and may start nothing more."""
+    rows = await db.write(
+        """UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp()
+           WHERE id = $1 AND ended_at IS NULL RETURNING id""",
+        session_id,
+    )
+    return bool(rows)
+
+
+async def read_sessions(db: Database) -> list[SessionRow]:
+    """The sessions that live, and those that ended with something left in `due`."""
+    rows = await db.fetch("SELECT * FROM workers WHERE reaped_at IS NULL ORDER BY id")
+    return [
+        SessionRow(
+            row["id"],
+            row["name"],
+            tuple(row["channels"]),
+            row["started_at"],
+            row["beat"],
+            row["beat_at"],
+            row["ended_at"],
+        )
+        for row in rows
+    ]
+
+
+async def end_session(db: Database, session_id: int, seen_beat: int | None = None) -> bool:
+    """End a session; with `seen_beat` only if it has not beaten since. Whether it is ended now.
+
+    Waits for the claims and starts that are under way in it, and none follows.
+    """
+    rows = await db.write(
+        """UPDATE workers SET ended_at = coalesce(ended_at, clock_timestamp())
+           WHERE id = $1 AND ($2::bigint IS NULL OR beat = $2) RETURNING id""",
+        session_id,
+        seen_beat,
+    )
+    return bool(rows)
+
+
+async def release_unstarted(db: Database, session_id: int) -> int:
+    """Give back what an ended session had claimed and not started. `claims` keeps its count.
+
+    Reads all of `due`, which has no index on sessions so that claims stay cheap; sessions end
+    rarely.
+    """
+    rows = await db.write(
+        """UPDATE due q SET session_id = NULL FROM deliveries d
+           WHERE d.id = q.delivery_id AND q.session_id = $1 AND d.state <> 2
+           RETURNING q.delivery_id""",
+        session_id,
+    )
+    return len(rows)
+
+
+async def read_started(db: Database, session_id: int, limit: int = 500) -> list[Started]:
+    """What an ended session had started and not recorded."""
+    rows = await db.fetch(
+        """SELECT d.* FROM due q JOIN deliveries d ON d.id = q.delivery_id
+           WHERE q.session_id = $1 AND d.state = 2 ORDER BY d.id LIMIT $2""",
+        session_id,
+        limit,
+    )
+    return [started_of(row) for row in rows]
+
+
+async def mark_reaped(db: Database, session_id: int) -> None:
+    """Nothing of the session is left."""
+    await db.write("UPDATE workers SET reaped_at = clock_timestamp() WHERE id = $1", session_id)

@@ -1,0 +1,175 @@
+"""The doorbell: hints over Redis that there is something to do. Never the truth.
+
+Two hints share it. `ring` says "deliveries may be due" to the workers; `hint_feed` says "events
+may be new" to the servers. Losing any of them costs time, never mail: workers sweep and servers
+poll PostgreSQL by themselves. So nothing here raises; Redis away is logged once, and once more
+when it is back.
+
+A ring is two things. A push on a list that idle workers block on, which is heard at once; and an
+arq job `drain`, for workers run by arq's own command and so that what is queued is visible in
+arq's tools. The list is kept short and rings are joined: however many messages came, there is at
+most one push every few milliseconds and a few jobs a second. A job never has a fixed id, because
+arq swallows one whose id is still known; only `ring_at` uses one a second, where that is wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import msgpack
+from arq.connections import ArqRedis, RedisSettings
+from redis.asyncio import ConnectionPool, Redis
+from redis.exceptions import RedisError
+
+log = logging.getLogger(__name__)
+
+QUEUE = "mailgrpc:arq"
+DRAIN = "drain"
+_RINGS = "mailgrpc:rings"
+_FEED = "mailgrpc:feed"
+_RINGS_KEPT = 16
+_PUSH_EVERY_S = 0.005
+_JOB_EVERY_S = 0.25
+_RECONNECT_S = 0.5
+_BROKEN = (RedisError, OSError, asyncio.TimeoutError)
+
+
+class Doorbell:
+    """One process's end of it. Without a URL every ring is silent and every wait times out."""
+
+    def __init__(self, redis_url: str | None) -> None:
+        self.url = redis_url
+        self._redis: ArqRedis | None = None
+        if redis_url:
+            pool = ConnectionPool.from_url(
+                redis_url, socket_connect_timeout=1, socket_timeout=None, health_check_interval=30
+            )
+            self._redis = ArqRedis(
+                pool,
+                job_serializer=msgpack.packb,
+                job_deserializer=msgpack.unpackb,
+                default_queue_name=QUEUE,
+            )
+        self._wanted: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._job_at = 0.0
+        self._reachable = True
+
+    @property
+    def exists(self) -> bool:
+        """Whether a Redis is configured at all."""
+        return self._redis is not None
+
+    def ring(self) -> None:
+        """Deliveries may be due. Returns at once."""
+        self._want(DRAIN)
+
+    def hint_feed(self) -> None:
+        """Events may be new. Returns at once."""
+        self._want(_FEED)
+
+    def ring_at(self, when: datetime) -> None:
+        """Deliveries will be due at `when`, within minutes: one deferred job a second."""
+        self._want(f"{int(when.timestamp()) + 1}")
+
+    async def heard_ring(self, timeout_s: float) -> bool:
+        """Wait for a ring. False after the time-out, or soon when Redis cannot be asked."""
+        if self._redis is None:
+            await asyncio.sleep(timeout_s)
+            return False
+        try:
+            answer = await asyncio.wait_for(
+                self._redis.blpop([_RINGS], timeout=timeout_s), timeout_s + 1
+            )
+        except _BROKEN as error:
+            self._note(error)
+            await asyncio.sleep(min(timeout_s, _RECONNECT_S))
+            return False
+        self._note(None)
+        return answer is not None
+
+    async def feed_hints(self) -> AsyncIterator[None]:
+        """Yield at each hint, and once whenever the subscription begins anew; never ends."""
+        if self._redis is None:
+            await asyncio.Event().wait()
+        while True:
+            try:
+                async with Redis.from_url(self.url, socket_connect_timeout=1).pubsub() as hints:
+                    await hints.subscribe(_FEED)
+                    self._note(None)
+                    yield None
+                    async for message in hints.listen():
+                        if message["type"] == "message":
+                            yield None
+            except _BROKEN as error:
+                self._note(error)
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def probe(self) -> str:
+        """The server's version, for `mailgrpc doctor`. Raises RedisError or OSError."""
+        if self._redis is None:
+            return "not configured"
+        info = await asyncio.wait_for(self._redis.info("server"), 3)
+        return str(info.get("valkey_version") or info.get("redis_version"))
+
+    async def close(self) -> None:
+        """Let the last ring out and end the connections."""
+        if self._task is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._task), 1)
+            self._task.cancel()
+        if self._redis is not None:
+            with contextlib.suppress(*_BROKEN):
+                await self._redis.aclose(close_connection_pool=True)
+
+    def _want(self, what: str) -> None:
+        if self._redis is None:
+            return
+        self._wanted.add(what)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._send())
+
+    async def _send(self) -> None:
+        while self._wanted:
+            wanted, self._wanted = self._wanted, set()
+            try:
+                await asyncio.wait_for(self._send_once(wanted), 2)
+                self._note(None)
+            except _BROKEN as error:
+                self._note(error)
+            await asyncio.sleep(_PUSH_EVERY_S)
+
+    async def _send_once(self, wanted: set[str]) -> None:
+        assert self._redis is not None
+        async with self._redis.pipeline(transaction=False) as pipe:
+            if DRAIN in wanted:
+                pipe.lpush(_RINGS, b"1")
+                pipe.ltrim(_RINGS, 0, _RINGS_KEPT - 1)
+            if _FEED in wanted:
+                pipe.publish(_FEED, b"1")
+            await pipe.execute()
+        if DRAIN in wanted and time.monotonic() - self._job_at > _JOB_EVERY_S:
+            self._job_at = time.monotonic()
+            await self._redis.enqueue_job(DRAIN)
+        for second in wanted - {DRAIN, _FEED}:
+            when = datetime.fromtimestamp(int(second), UTC)
+            await self._redis.enqueue_job(DRAIN, _job_id=f"{DRAIN}:{second}", _defer_until=when)
+
+    def _note(self, error: BaseException | None) -> None:
+        if error is not None and self._reachable:
+            log.warning("redis cannot be reached, mail flows by polling: %s", error or "time-out")
+        elif error is None and not self._reachable:
+            log.info("redis is back")
+        self._reachable = error is None
+
+
+def redis_settings(url: str) -> RedisSettings:
+    """The same Redis, for arq's worker."""
+    settings = RedisSettings.from_dsn(url)
+    settings.conn_retries = 0  # the supervisor in worker/main.py tries again
+    return settings

@@ -1,0 +1,223 @@
+"""The data directory of the embedded PostgreSQL: where it lies, how it comes to be.
+
+What is promised: the directory is complete, with the role and the database `mailgrpc` in it and
+all of it on disk, or it is not there. It is made under another name, and renamed as the last
+step; what an interrupted run left is removed by the next. Whoever starts a cluster therefore has
+no half-made states to recognise.
+
+It lies in `data_dir/postgres`. Where PostgreSQL runs as another user than we (because we are
+root) and that user cannot enter `data_dir`, it lies in `/var/lib/mailgrpc/<hash of data_dir>/`,
+and `data_dir/postgres` is a link to it. The link is believed before the hash, so that a data
+directory can be moved.
+
+All functions here expect the caller to hold the `FamilyLock`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mailgrpc.embedded.accounts import Account, account_for_data, can_enter
+from mailgrpc.embedded.binaries import PostgresBinaries
+from mailgrpc.embedded.process import Launch, Process, server_environ, wait_for_success
+from mailgrpc.errors import EmbeddedError
+
+ROLE = "mailgrpc"
+DATABASE = "mailgrpc"
+SUPERUSER = "postgres"
+
+_ELSEWHERE = Path("/var/lib/mailgrpc")
+
+# Runs in single-user mode, where each line is one statement. The role owns its database and may
+# create others (test suites copy a template), nothing more: what works here works on a managed
+# server.
+_SETUP_SQL = f"""\
+CREATE ROLE {ROLE} LOGIN CREATEDB;
+CREATE DATABASE {DATABASE} OWNER {ROLE};
+"""
+
+# Written to postgresql.conf, where whoever looks after the data may change them.
+_DEFAULTS = {
+    "max_connections": "100",
+    # Short statements over few rows: parallel plans gain nothing, and their shared memory fails
+    # in containers with a small /dev/shm.
+    "max_parallel_workers_per_gather": "0",
+    "max_parallel_maintenance_workers": "0",
+    "jit": "off",
+    # A file of 16 MB each is kept ready; a small installation need not keep a gigabyte.
+    "max_wal_size": "256MB",
+    "min_wal_size": "48MB",
+    "log_checkpoints": "off",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+}
+
+
+def locate(data_dir: Path, say: Callable[[str], None]) -> tuple[Path, Account | None]:
+    """Where the data lies or will lie, and whom PostgreSQL runs as.
+
+    Raises EmbeddedError with what to do when the place cannot be reached.
+    """
+    place = data_dir / "postgres"
+    if place.is_symlink() and not place.exists():
+        raise EmbeddedError(
+            f"{place} points to {os.readlink(place)}, which is not there: bring it back, or remove"
+            " the link to begin with an empty database"
+        )
+    place = place.resolve()
+    account = account_for_data(place)
+    if account is None or can_enter(place.parent, account):
+        return place, account
+    if place.exists():
+        raise EmbeddedError(
+            f"PostgreSQL runs as user {account.name}, which cannot enter {place.parent}: let it"
+            " (chmod o+x on each directory above), or move the data to where it can"
+        )
+    return _link_elsewhere(data_dir, account, say), account
+
+
+def _link_elsewhere(data_dir: Path, account: Account, say: Callable[[str], None]) -> Path:
+    name = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
+    home = _ELSEWHERE / name / "postgres"
+    try:
+        for parent in (_ELSEWHERE, home.parent):
+            parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        (home.parent / "data_dir").write_text(f"{data_dir.resolve()}\n")
+        (data_dir / "postgres").symlink_to(home)
+    except OSError as error:
+        raise EmbeddedError(
+            f"PostgreSQL runs as user {account.name}, which cannot enter {data_dir}, and"
+            f" {home} cannot be made: {error.strerror}; choose a --data-dir that it can enter"
+        ) from error
+    if not can_enter(home.parent, account):
+        raise EmbeddedError(f"user {account.name} cannot enter {home.parent}: chmod o+x it")
+    found = "the data found in" if home.exists() else "the data goes to"
+    say(f"user {account.name} cannot enter {data_dir}: {found} {home}")
+    return home
+
+
+def check_version(place: Path, binaries: PostgresBinaries) -> None:
+    """Raises EmbeddedError if the data is another major version's, or no data of PostgreSQL."""
+    try:
+        found = (place / "PG_VERSION").read_text().strip()
+    except PermissionError:
+        raise EmbeddedError(
+            f"{place} belongs to another user: start mailgrpc as that user (or root), or choose"
+            " another --data-dir"
+        ) from None
+    except OSError:
+        raise EmbeddedError(
+            f"{place} is no data directory of PostgreSQL: move it away, or choose another"
+            " --data-dir"
+        ) from None
+    if found != str(binaries.major):
+        raise EmbeddedError(
+            f"{place} holds data of PostgreSQL {found}, and this is {binaries.release}: dump it"
+            f" with the pg_dump of {found} and restore it into another --data-dir, or use the"
+            " mailgrpc that made it"
+        )
+
+
+def create(
+    place: Path,
+    binaries: PostgresBinaries,
+    account: Account | None,
+    *,
+    durable: bool,
+    locks: Sequence[int],
+    launch: Callable[[Launch], Process],
+) -> None:
+    """Make the data directory `place`, with the role and the database.
+
+    `launch` starts a process (`Slot.launch`: so that a stop in the middle is heard). With
+    `durable` false nothing is synced. Raises EmbeddedError with initdb's own words.
+    """
+    draft = place.with_name(place.name + ".draft")
+
+    def run(argv: Sequence[str], doing: str, stdin: bytes = b"") -> None:
+        process = launch(
+            Launch(
+                name="initdb",
+                argv=argv,
+                environ=server_environ(),
+                orphan_plan=((signal.SIGTERM, 2.0),),
+                account=account,
+                directory=draft,
+                locks=locks,
+                stdin=stdin,
+            )
+        )
+        wait_for_success(process, doing)
+
+    _make_empty(draft, account)
+    run(_initdb_command(binaries, draft), "PostgreSQL could not make its data directory")
+    run(
+        [binaries.postgres, "--single", "-F", "-D", str(draft), "-c", "exit_on_error=on",
+         "-c", "log_min_messages=error", "postgres"],
+        "PostgreSQL could not make the database",
+        _SETUP_SQL.encode(),
+    )
+    if durable:
+        # Once at the end instead of after each of the steps.
+        run([binaries.initdb, "--sync-only", "-D", str(draft)], "the data could not be synced")
+    draft.rename(place)
+    if durable:
+        _sync_directory(place.parent)
+
+
+def _initdb_command(binaries: PostgresBinaries, draft: Path) -> list[str]:
+    # Sorting and case by code points, in every version and on every machine the same: a library's
+    # own order changes with its updates, and indexes over text break with it.
+    builtin = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+    return [
+        binaries.initdb,
+        f"--pgdata={draft}",
+        f"--username={SUPERUSER}",
+        "--encoding=UTF8",
+        "--locale=C",
+        *(builtin if binaries.major >= 17 else []),
+        # Only the socket is listened on, in a directory that nobody else can enter.
+        "--auth-local=trust",
+        "--auth-host=reject",
+        "--no-instructions",
+        "--no-sync",
+        *(f"--set={name}={value}" for name, value in _DEFAULTS.items()),
+    ]
+
+
+def _make_empty(draft: Path, account: Account | None) -> None:
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(mode=0o700)
+        if account is not None:
+            account.own(draft)
+    except OSError as error:
+        raise EmbeddedError(
+            f"cannot make {draft}: {error.strerror}; choose another --data-dir"
+        ) from error
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def postmaster_state(place: Path) -> tuple[int, str]:
+    """(process id, state) as the postmaster wrote it down; (0, "") where nothing is written.
+
+    The state is line 8 of postmaster.pid: `starting`, `stopping`, `ready` or `standby`. It is
+    what pg_ctl reads too; no client, no password and no free connection is needed for it.
+    """
+    try:
+        lines = (place / "postmaster.pid").read_text(errors="replace").splitlines()
+        return int(lines[0]), lines[7].strip() if len(lines) > 7 else ""
+    except (OSError, ValueError, IndexError):
+        return 0, ""

@@ -1,0 +1,236 @@
+"""Mail by SMTP, to a relay that takes it from here (a submission server, a smarthost).
+
+    smtp://user:password@host:587?tls=starttls
+    smtps://user:password@host
+
+What is promised. A call is one transaction on one connection of a pool: one MAIL FROM, a RCPT TO
+for each addressee, one DATA. Recipients refused alone are REJECTED or DEFERRED alone, the others
+get the mail. Every failure before the final dot is proof that nothing was sent; after it only the
+server's answer is (`smtp_session.py`). The server's words become outcome and cause by one table
+(`smtp_replies.py`). Connecting and logging in never end a mail: they defer it (`smtp_pool.py`).
+
+What can go wrong, beyond that:
+
+    announced SIZE smaller than the mail               REJECTED   TOO_LARGE    nothing was sent
+    non-ASCII address, the server has no SMTPUTF8      REJECTED   BAD_ADDRESS  (sender: SENDER)
+    a message that cannot be rendered                  REJECTED   CONTENT
+    an idle connection turns out dead at MAIL FROM     a fresh one, once
+    no free connection within the time of the attempt  DEFERRED   TIMEOUT
+    the task is cancelled                              the connection is dropped
+
+SMTPUTF8 (RFC 6531): where an address in the header or the sender's is not ASCII, nobody can get
+this mail here, since changing the header is not ours. Where only a recipient in Bcc is not, that
+one is refused and the others get the mail. There is no down-grade of a mailbox name.
+
+Why this way. aiosmtplib opens connections well but sends step by step, and does not tell on which
+side of the final dot a failure was; see docs/decisions/0003-smtp-transaction.md.
+
+The URL
+
+    smtp://     port 25, or 587 with a user. TLS by `tls`:
+                  starttls   required, else DEFERRED TLS
+                  none       never; the password goes in the clear, because you said so
+                  not given  with a user as `starttls`, without one STARTTLS where offered;
+                             to the loopback as `none`
+    smtps://    TLS from the first byte, port 465
+    ca_file     PEM roots to trust instead of the system's; certificates are always verified
+    helo        the name to greet with; default: this host's, or its address where that has no dot
+    timeout     seconds for the answer to each command (60; RFC 5321, 4.5.3.2 would have minutes)
+    connect_timeout   seconds to connect and be greeted (10)
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from mailgrpc.core.delivery import Cause, Outcome, Result
+from mailgrpc.core.message import MailMessage
+from mailgrpc.core.mime import needs_smtputf8, render
+from mailgrpc.errors import Violation
+from mailgrpc.providers.channel_url import (
+    ChannelUrl,
+    choice,
+    existing_file,
+    is_loopback,
+    seconds,
+)
+from mailgrpc.providers.provider import Grouping, ProbeFailed, SendCall, everyone
+from mailgrpc.providers.smtp_pool import (
+    DEFAULT_CONNECT_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    HandshakeFailed,
+    SmtpPool,
+    SmtpServer,
+)
+from mailgrpc.providers.smtp_session import Envelope, Stale, transact
+from mailgrpc.providers.smtp_wire import SmtpWire
+
+
+class SmtpProvider:
+    """A pool of connections to one server. Serves one event loop."""
+
+    name = "smtp"
+    grouping = Grouping.ENVELOPE
+    group_max = 100  # RFC 5321, 4.5.3.1.8: every server takes as many
+
+    def __init__(self, server: SmtpServer, *, concurrency: int, attempt_timeout_s: float) -> None:
+        self.server = server
+        self.pool = SmtpPool(server)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._attempt_timeout_s = attempt_timeout_s
+
+    @classmethod
+    def from_url(
+        cls, url: ChannelUrl, concurrency: int, attempt_timeout_s: float
+    ) -> SmtpProvider:
+        """The provider for an smtp:// or smtps:// URL. Raises SettingsError."""
+        if not url.host:
+            raise url.fault(f"{url.scheme}:// needs a host")
+        if url.password and not url.user:
+            raise url.fault("a password without a user")
+        server = SmtpServer(
+            host=url.host,
+            port=url.port or _default_port(url),
+            tls=_tls(url),
+            user=url.user,
+            password=url.password,
+            ca_file=url.parameter("ca_file", existing_file, None),
+            helo=url.parameter("helo", _host_name, ""),
+            timeout_s=url.parameter("timeout", seconds, DEFAULT_TIMEOUT_S),
+            connect_timeout_s=url.parameter(
+                "connect_timeout", seconds, DEFAULT_CONNECT_TIMEOUT_S
+            ),
+        )
+        url.finish()
+        return cls(server, concurrency=concurrency, attempt_timeout_s=attempt_timeout_s)
+
+    def check(self, message: MailMessage) -> list[Violation]:
+        """Nothing: what a server cannot carry is known when it has greeted."""
+        return []
+
+    async def send(self, call: SendCall) -> list[Result]:
+        """One transaction. See the module for what each failure becomes."""
+        deadline = asyncio.get_running_loop().time() + self._attempt_timeout_s
+        try:
+            content = render(
+                call.message, rfc_message_id=call.rfc_message_id, date=call.created_at
+            )
+            envelope = _envelope(call)
+        except ValueError as error:
+            return everyone(call, Result(Outcome.REJECTED, Cause.CONTENT, text=str(error)))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._slots.acquire()
+        except TimeoutError:
+            text = "no connection was free within the time of the attempt"
+            return everyone(call, Result(Outcome.DEFERRED, Cause.TIMEOUT, text=text))
+        try:
+            return await self._send(call, envelope, content, deadline)
+        except HandshakeFailed as failed:
+            return everyone(call, failed.result)
+        finally:
+            self._slots.release()
+
+    async def _send(
+        self, call: SendCall, envelope: Envelope, content: bytes, deadline: float
+    ) -> list[Result]:
+        wire = await self.pool.take(deadline)
+        try:
+            try:
+                results = await _transact(wire, call, envelope, content, deadline)
+            except Stale:
+                wire = await self.pool.connect(deadline)
+                results = await _transact(wire, call, envelope, content, deadline)
+        except BaseException:
+            wire.abort()
+            raise
+        self.pool.give_back(wire)
+        return results
+
+    async def probe(self) -> str:
+        """Connect and log in, without a mail."""
+        deadline = asyncio.get_running_loop().time() + self._attempt_timeout_s
+        try:
+            wire = await self.pool.connect(deadline)
+        except HandshakeFailed as failed:
+            result = failed.result
+            code = f"{result.status_code} " if result.status_code else ""
+            raise ProbeFailed(f"{self.server}: {result.cause.name}: {code}{result.text}") from None
+        self.pool.give_back(wire)
+        user = f", logged in as {self.server.user}" if self.server.user else ""
+        offers = " ".join(sorted(wire.extensions)).upper()
+        return f"{self.server}: ready, {wire.security}{user}; offers {offers}"
+
+    async def close(self) -> None:
+        """QUIT on the idle connections; those in use are the business of their tasks."""
+        await self.pool.close()
+
+
+def _envelope(call: SendCall) -> Envelope:
+    """Who sends to whom; ValueError where that cannot be said in SMTP."""
+    if call.message.sender is None:
+        raise ValueError("a mail needs a sender")
+    return Envelope(
+        call.message.sender.address, [a.recipient.address for a in call.addressees]
+    )
+
+
+async def _transact(
+    wire: SmtpWire, call: SendCall, envelope: Envelope, content: bytes, deadline: float
+) -> list[Result]:
+    """The transaction, for those recipients to whom this server can carry this mail."""
+    refusals = _refusals(wire, call, len(content))
+    recipients = [r for r, no in zip(envelope.recipients, refusals, strict=True) if no is None]
+    if not recipients:
+        return [refusal for refusal in refusals if refusal is not None]
+    parameters = f" SIZE={len(content)}" if "size" in wire.extensions else ""
+    if needs_smtputf8(call.message) or not all(map(str.isascii, recipients)):
+        parameters += " BODY=8BITMIME SMTPUTF8"
+    envelope = Envelope(envelope.sender, recipients, parameters)
+    results = iter(await transact(wire, envelope, content, call.last_look, deadline))
+    return [refusal or next(results) for refusal in refusals]
+
+
+def _refusals(wire: SmtpWire, call: SendCall, size: int) -> list[Result | None]:
+    """What this server's EHLO rules out, for each addressee."""
+    limit = wire.extensions.get("size", "")
+    if limit.isdigit() and 0 < int(limit) < size:  # 0: no limit (RFC 1870, 4)
+        text = f"the mail has {size} bytes, the server takes {limit}"
+        return [Result(Outcome.REJECTED, Cause.TOO_LARGE, text=text)] * len(call.addressees)
+    if "smtputf8" in wire.extensions:
+        return [None] * len(call.addressees)
+    sender = call.message.sender
+    text = "the server does not offer SMTPUTF8, which a non-ASCII address needs"
+    if sender is not None and not sender.address.isascii():
+        return [Result(Outcome.REJECTED, Cause.SENDER, text=text)] * len(call.addressees)
+    refusal = Result(Outcome.REJECTED, Cause.BAD_ADDRESS, text=text)
+    if needs_smtputf8(call.message):
+        return [refusal] * len(call.addressees)
+    return [
+        None if addressee.recipient.address.isascii() else refusal
+        for addressee in call.addressees
+    ]
+
+
+def _default_port(url: ChannelUrl) -> int:
+    if url.scheme == "smtps":
+        return 465
+    return 587 if url.user else 25
+
+
+def _tls(url: ChannelUrl) -> str:
+    """How the connection is secured. A password never goes in the clear unasked."""
+    if url.scheme == "smtps":
+        return "implicit"
+    given = url.parameter("tls", choice("starttls", "none"), "")
+    if given:
+        return given
+    if is_loopback(url.host):
+        return "none"
+    return "starttls" if url.user else "offered"
+
+
+def _host_name(text: str) -> str:
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("expected a host name")
+    return text

@@ -1,0 +1,212 @@
+"""One mail over one SMTP connection: the transaction.
+
+What is promised. Each recipient gets one Result, and it is right about the one question that
+matters: could the mail have been taken? The final dot (RFC 5321, 4.1.1.4) divides the two halves.
+
+    until the dot is written   every failure proves that nothing was taken: DEFERRED or REJECTED
+    after it                   only the server's own answer proves anything; silence is UNKNOWN
+
+The last look is asked right before the write that holds the dot. A small mail goes out whole in
+that write. Of a large one all but the end goes first, and is flushed before the look, so that no
+buffer of ours keeps the dot back after it (under TLS the socket's own 64 KiB may).
+
+What can go wrong.
+- Recipients are refused one by one: the mail goes on to the others.
+- The server pipelines (RFC 2920), so DATA has been said before the answers to RCPT TO are read,
+  and is accepted although no recipient is left. RFC 2920 lets the client send a lone dot then; we
+  drop the connection instead. A dot could deliver an empty mail on a server that is out of step.
+- The server answers while the content is still being written (too large, shutting down): before
+  the dot that is a refusal, and the connection is dropped.
+- 421 at any time: the server is leaving. Who has no answer yet is deferred.
+- The server talks out of turn, endlessly, or not SMTP: the connection is broken, nothing else.
+- An idle connection was closed by the server: seen at the answer to MAIL FROM, as Stale. Nothing
+  was given yet, so the caller takes a fresh connection and begins again, once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mailgrpc.core.delivery import Cause, Outcome, Result
+from mailgrpc.providers.provider import worker_lost
+from mailgrpc.providers.smtp_replies import Reply, Stage, result_of
+from mailgrpc.providers.smtp_wire import SmtpWire, WireBroken
+
+_WHOLE = 64 * 1024  # content up to this size goes out in one write, after the look
+_TAIL = 1024  # of larger content, what is kept back for the write with the dot
+
+_PATH = re.compile(r"""(?:"[^\x00-\x1f\x7f]*"|[^\x00-\x20\x7f<>"]+)@[^\x00-\x20\x7f<>"]+""")
+"""No line breaks, and no `>` that would let an address bring parameters of its own."""
+
+
+class Stale(Exception):
+    """A connection used before was found dead before the server took in anything of this mail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Who sends to whom, and how the command lines say it."""
+
+    sender: str
+    recipients: Sequence[str]
+    mail_parameters: str = ""  # " SIZE=…", " SMTPUTF8", with the blank before
+
+    def __post_init__(self) -> None:
+        for address in (self.sender, *self.recipients):
+            if not _PATH.fullmatch(address):
+                raise ValueError("an address holds what cannot stand in an SMTP command")
+
+    def commands(self) -> list[bytes]:
+        """MAIL FROM and the RCPT TOs, as lines."""
+        lines = [f"MAIL FROM:<{self.sender}>{self.mail_parameters}\r\n"]
+        lines += [f"RCPT TO:<{address}>\r\n" for address in self.recipients]
+        return [line.encode() for line in lines]
+
+
+class _Ended(Exception):
+    """The transaction is over before the dot: `result` is for all that have none of their own."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.text)
+        self.result = result
+
+
+async def transact(
+    wire: SmtpWire,
+    envelope: Envelope,
+    content: bytes,
+    last_look: Callable[[], bool],
+    deadline: float,
+) -> list[Result]:
+    """Send one mail. One Result a recipient, in their order.
+
+    `content` ends in CRLF. `deadline` (a time of the loop) bounds the whole. Raises Stale alone.
+    Afterwards the wire is either ready for the next mail or no longer usable.
+    """
+    verdicts: list[Result | None] = [None] * len(envelope.recipients)
+    is_reused = wire.mails > 0
+    wire.mails += 1
+    try:
+        await _open(wire, envelope, verdicts, is_reused, deadline)
+        result = await _send_content(wire, content, last_look, deadline)
+    except _Ended as ended:
+        result = ended.result
+    except WireBroken as broken:
+        result = Result(Outcome.DEFERRED, broken.cause, text=broken.text)
+    return [verdict or result for verdict in verdicts]
+
+
+async def _open(
+    wire: SmtpWire,
+    envelope: Envelope,
+    verdicts: list[Result | None],
+    is_reused: bool,
+    deadline: float,
+) -> None:
+    """MAIL, RCPT and DATA, until the server waits for content. Raises _Ended, WireBroken, Stale."""
+    commands = [*envelope.commands(), b"DATA\r\n"]
+    pipelines = "pipelining" in wire.extensions
+    if pipelines:
+        first = await _first_reply(wire, b"".join(commands), len(commands), is_reused, deadline)
+        commands = [b""] * len(commands)
+    else:
+        first = await _first_reply(wire, commands[0], 1, is_reused, deadline)
+    refusal = None if first.is_positive else result_of(first, Stage.MAIL)
+    if refusal is not None and not pipelines:
+        await _end(wire, refusal, deadline)
+    for index, command in enumerate(commands[1:-1]):
+        reply = await _ask(wire, command, Stage.RCPT, deadline)
+        if refusal is None and not reply.is_positive:
+            verdicts[index] = result_of(reply, Stage.RCPT)
+    if refusal is None and all(verdicts):
+        refusal = verdicts[-1]
+        if refusal is not None and not pipelines:
+            await _end(wire, refusal, deadline)
+    data = await _ask(wire, commands[-1], Stage.DATA, deadline)
+    if data.code == 354 and refusal is None:
+        return
+    if data.code == 354:
+        wire.abort()  # see the module: a lone dot might deliver an empty mail
+    await _end(wire, refusal or result_of(data, Stage.DATA), deadline)
+
+
+async def _first_reply(
+    wire: SmtpWire, data: bytes, replies: int, is_reused: bool, deadline: float
+) -> Reply:
+    """Write MAIL FROM (and what is pipelined with it); its answer. Raises Stale too."""
+    try:
+        wire.write(data, replies)
+        reply = await wire.reply(deadline)
+    except WireBroken as broken:
+        if is_reused and broken.cause is Cause.CONNECTION:
+            raise Stale from broken
+        raise
+    if reply.code == 421 and is_reused:
+        wire.abort()
+        raise Stale
+    return _unless_leaving(wire, reply, Stage.MAIL)
+
+
+async def _ask(wire: SmtpWire, command: bytes, stage: Stage, deadline: float) -> Reply:
+    """The answer to a command; an empty one has been written before."""
+    if command:
+        wire.write(command)
+    return _unless_leaving(wire, await wire.reply(deadline), stage)
+
+
+def _unless_leaving(wire: SmtpWire, reply: Reply, stage: Stage) -> Reply:
+    """The reply; but 421 ends the transaction for all that have no answer yet."""
+    if reply.code == 421:
+        wire.abort()
+        raise _Ended(result_of(reply, stage))
+    return reply
+
+
+async def _end(wire: SmtpWire, result: Result, deadline: float) -> None:
+    """End a transaction before its content, and make the wire fit for the next one."""
+    try:
+        wire.write(b"RSET\r\n")
+        if (await wire.reply(deadline)).code != 250:
+            wire.abort()
+    except WireBroken:
+        pass  # the verdicts stand; the pool sees that the wire is of no use
+    raise _Ended(result)
+
+
+async def _send_content(
+    wire: SmtpWire, content: bytes, last_look: Callable[[], bool], deadline: float
+) -> Result:
+    """The content, the look, the dot, the answer. Raises _Ended and WireBroken before the dot."""
+    stuffed = _dot_stuffed(content)
+    wire.write(b"", replies=1)  # from here on the server may refuse at any time
+    if len(stuffed) > _WHOLE:
+        await wire.flush(memoryview(stuffed)[:-_TAIL], deadline)
+        stuffed = stuffed[-_TAIL:]
+    if wire.has_reply:
+        early = await wire.reply(deadline)
+        wire.abort()
+        raise _Ended(result_of(early, Stage.DATA))
+    wire.raise_if_broken()
+    if not last_look():
+        wire.abort()  # ends the mail without the dot, which is the only way to take it back
+        raise _Ended(worker_lost())
+
+    wire.write(stuffed + b".\r\n", replies=0)
+    try:
+        reply = await wire.reply(deadline)
+    except WireBroken as broken:
+        return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)
+    if reply.code == 421 or not 200 <= reply.code < 600:
+        wire.abort()
+    return result_of(reply, Stage.CONTENT)
+
+
+def _dot_stuffed(content: bytes) -> bytes:
+    """RFC 5321, 4.5.2: a dot that begins a line is doubled."""
+    if content.startswith(b"."):
+        content = b"." + content
+    if b"\r\n." in content:
+        return content.replace(b"\r\n.", b"\r\n..")
+    return content

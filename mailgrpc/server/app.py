@@ -1,0 +1,196 @@
+"""The server as a whole: made, started, and ended without losing a call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from mailgrpc.config import HostPort, Settings
+from mailgrpc.core.message import MAX_REQUEST_BYTES
+from mailgrpc.db.engine import Database
+from mailgrpc.db.schema import check_schema
+from mailgrpc.db.workers import read_sessions
+from mailgrpc.doorbell import Doorbell
+from mailgrpc.errors import SettingsError, StoreUnavailable
+from mailgrpc.providers.provider import Provider
+from mailgrpc.providers.registry import open_channels
+from mailgrpc.server.clear import Clear
+from mailgrpc.server.feed import Feed
+from mailgrpc.server.intake import Intake
+from mailgrpc.server.interceptors import Edge
+from mailgrpc.server.mail import MailService, Parts
+from mailgrpc.server.preferences import Preferences
+from mailgrpc.server.resend import Resend
+from mailgrpc.server.watch import Watch
+from mailgrpc.v1 import mail_service_pb2, mail_service_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICE = mail_service_pb2.DESCRIPTOR.services_by_name["MailService"].full_name
+WORKERS = "mailgrpc.workers"
+"""The name under which health tells whether some worker lives."""
+_HEALTH_EVERY_S = 2.0
+_ENVELOPE_BYTES = 64 * 1024
+# In the pool of descriptors, so that reflection can name them and error details print.
+_TOLD_BY_REFLECTION = (error_details_pb2, status_pb2)
+
+
+class MailServer:
+    """One server process over one database. `start` it, `stop` it; it does not migrate."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        *,
+        channels: Mapping[str, Provider] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._doorbell = Doorbell(settings.redis_url)
+        self._feed = Feed(database, self._doorbell)
+        lane = secrets.randbelow(settings.feed_lanes)
+        self._intake = Intake(
+            database, self._doorbell, self._feed, lane=lane, limit=settings.queue_limit
+        )
+        if channels is None:
+            channels = open_channels(
+                settings.channels,
+                concurrency=settings.send_concurrency,
+                attempt_timeout_s=settings.attempt_timeout_s,
+            )
+        self._channels = channels
+        rung = (database, self._doorbell, self._feed)
+        self._service = MailService(
+            Parts(
+                settings=settings,
+                database=database,
+                channels=self._channels,
+                feed=self._feed,
+                intake=self._intake,
+                watch=Watch(database, self._feed, max_streams=settings.max_streams),
+                preferences=Preferences(database, settings.categories),
+                resend=Resend(*rung, lane=lane),
+                clear=Clear(*rung, lane=lane),
+            )
+        )
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> HostPort:
+        """Listen; where. Raises SettingsError, SchemaError, StoreUnavailable."""
+        await check_schema(self._database)
+        self._warn_of_what_is_open()
+        await self._feed.start()
+        server = grpc.aio.server(
+            interceptors=[
+                Edge(
+                    self._database,
+                    keys=self._settings.auth == "keys",
+                    deadline_s=self._settings.default_deadline_s,
+                )
+            ],
+            options=_options(),
+        )
+        mail_service_pb2_grpc.add_MailServiceServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        listen = self._settings.listen
+        try:
+            port = self._listen(server)
+        except RuntimeError as error:
+            await self._feed.stop()
+            raise SettingsError(
+                f"cannot listen on {listen}: the port is taken or not ours "
+                "(MAILGRPC_LISTEN chooses another)"
+            ) from error
+        await server.start()
+        self._server = server
+        self._watcher = asyncio.create_task(self._watch_health())
+        return HostPort(listen.host, port)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """End: no new calls, waiting ones answered, streams told to resume elsewhere."""
+        grace_s = self._settings.grace_s if grace_s is None else grace_s
+        if self._watcher is not None:
+            self._watcher.cancel()
+        with contextlib.suppress(Exception):
+            await self._health.enter_graceful_shutdown()
+        self._feed.end_streams()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._intake.drain(), grace_s)
+        await self._feed.stop()
+        for provider in self._channels.values():
+            await provider.close()
+        await self._doorbell.close()
+
+    async def wait(self) -> None:
+        """Return when the server has ended."""
+        if self._server is not None:
+            await self._server.wait_for_termination()
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        address = str(self._settings.listen)
+        cert, key = self._settings.tls_cert_file, self._settings.tls_key_file
+        if cert is None or key is None:
+            return server.add_insecure_port(address)
+        try:
+            pair = (key.read_bytes(), cert.read_bytes())
+        except OSError as error:
+            raise SettingsError(f"MAILGRPC_TLS_CERT_FILE or _KEY_FILE: {error}") from error
+        return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+
+    def _warn_of_what_is_open(self) -> None:
+        loopback = self._settings.listen.host in ("127.0.0.1", "::1", "localhost")
+        if not loopback and self._settings.auth == "off":
+            log.warning(
+                "%s is open to whoever reaches it: MAILGRPC_AUTH=keys asks for API keys",
+                self._settings.listen,
+            )
+        if not self._channels:
+            log.warning("no channel is configured (MAILGRPC_CHANNEL_URL): every Enqueue is refused")
+
+    async def _watch_health(self) -> None:
+        """Tell health whether the store answers and some worker lives."""
+        serving = health_pb2.HealthCheckResponse.SERVING
+        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+        while True:
+            try:
+                sessions = await read_sessions(self._database)
+                store, worker = True, any(s.ended_at is None for s in sessions)
+            except StoreUnavailable:
+                store = worker = False
+            except Exception:
+                log.exception("the health check failed")
+                store = worker = False
+            for name, good in (("", store), (SERVICE, store), (WORKERS, worker)):
+                await self._health.set(name, serving if good else not_serving)
+            await asyncio.sleep(_HEALTH_EVERY_S)
+
+
+def _options() -> list[tuple[str, Any]]:
+    return [
+        # A second server on a taken port would start and take half of the calls.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + _ENVELOPE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+

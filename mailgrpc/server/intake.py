@@ -1,0 +1,239 @@
+"""Intake: joins the calls that wait into one flush, and answers each when its commit is in.
+
+Promises. A call is answered after its rows are committed, never before. The same request_id makes
+one message, over any number of calls at once and any number of servers. What a call asked for is
+stored whole or not at all, and one that cannot be stored fails alone.
+
+How. A flush starts as soon as the one before it has ended: no timer. So under load each commit
+carries whatever came during the last one, and without load a call waits for nothing. A flush is
+bounded; a large message goes in one of its own, beside the others, so that it does not hold them.
+
+What can go wrong.
+- Two calls with one request_id race. Decided by the key inside the insert's transaction; who lost
+  is looked up in a second statement, on a fresh snapshot.
+- The answer of the commit is lost. The same insert runs again with the same ids: it waits on the
+  keys of the first and then finds its own rows. Never decided by a SELECT, which may come too
+  early.
+- A value that PostgreSQL refuses. The flush is halved until the one that carries it stands alone.
+- A caller gives up. Before its flush it is dropped; after that nobody cancels it.
+- Too many wait. RESOURCE_EXHAUSTED with when to come back: the queue here is memory, not a promise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from mailgrpc.core.fingerprint import fingerprint
+from mailgrpc.core.message import Submission
+from mailgrpc.db.engine import AmbiguousCommit, Database
+from mailgrpc.db.messages import (
+    Inserted,
+    KnownRequest,
+    NewMessage,
+    insert_messages,
+    read_known_requests,
+)
+from mailgrpc.doorbell import Doorbell
+from mailgrpc.errors import Exhausted, Reason, RequestIdMismatch, StoreUnavailable
+from mailgrpc.server.feed import Feed
+
+log = logging.getLogger(__name__)
+
+FLUSH_MESSAGES = 500
+FLUSH_DELIVERIES = 2000
+FLUSH_BYTES = 1024 * 1024
+ALONE_BYTES = 256 * 1024
+_LARGE_AT_ONCE = 2
+_AMBIGUOUS_TRIES = 6
+_AMBIGUOUS_WAIT_S = 0.5
+_COME_BACK = timedelta(seconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The message is in. `message_id` is an earlier one's when the request was `replayed`."""
+
+    message_id: uuid.UUID
+    replayed: bool = False
+    has_suppressed: bool = False  # a delivery was not queued
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    new: NewMessage
+    size: int  # bytes, roughly
+    answer: asyncio.Future[Accepted] = field(repr=False)
+
+    @property
+    def deliveries(self) -> int:
+        return len(self.new.submission.message.recipients)
+
+
+class Intake:
+    """The queue before the flush, of one process. `lane` is where its events go."""
+
+    def __init__(
+        self, database: Database, doorbell: Doorbell, feed: Feed, *, lane: int, limit: int
+    ) -> None:
+        self._database = database
+        self._doorbell = doorbell
+        self._feed = feed
+        self._lane = lane
+        self._limit = limit
+        self._waiting: deque[_Waiting] = deque()
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self._large_waiting = 0
+        self._flusher: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def put(self, new: NewMessage, size: int) -> asyncio.Future[Accepted]:
+        """Store a message of about `size` bytes; the future is done when its commit is in.
+
+        Cancelling the future before its flush takes the message back out; after that it changes
+        nothing. It ends in RequestIdMismatch or StoreUnavailable where the message is not in.
+        Raises Exhausted.
+        """
+        if len(self._waiting) + self._large_waiting >= self._limit:
+            raise Exhausted(
+                Reason.QUEUE_FULL,
+                "too many calls wait to be stored",
+                retry_after=_COME_BACK,
+                quota="queue",
+            )
+        waiting = _Waiting(new, size, asyncio.get_running_loop().create_future())
+        if size >= ALONE_BYTES:
+            self._spawn(self._flush_large(waiting))
+        else:
+            self._waiting.append(waiting)
+            if self._flusher is None or self._flusher.done():
+                self._flusher = self._spawn(self._flush_all())
+        return waiting.answer
+
+    async def drain(self) -> None:
+        """Return once everything that waits has been answered."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _spawn(self, work: object) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _flush_all(self) -> None:
+        while self._waiting:
+            if batch := self._take():
+                await self._flush(batch)
+
+    async def _flush_large(self, waiting: _Waiting) -> None:
+        self._large_waiting += 1
+        try:
+            async with self._large:
+                if not waiting.answer.done():
+                    await self._flush([waiting])
+        finally:
+            self._large_waiting -= 1
+
+    def _take(self) -> list[_Waiting]:
+        """The next flush, within its bounds; who gave up is left out."""
+        batch: list[_Waiting] = []
+        deliveries = size = 0
+        while self._waiting and len(batch) < FLUSH_MESSAGES:
+            head = self._waiting[0]
+            full = deliveries + head.deliveries > FLUSH_DELIVERIES or size + head.size > FLUSH_BYTES
+            if batch and full:
+                break
+            self._waiting.popleft()
+            if not head.answer.done():
+                batch.append(head)
+                deliveries += head.deliveries
+                size += head.size
+        return batch
+
+    async def _flush(self, batch: list[_Waiting]) -> None:
+        """Store a batch and answer all of it; never raises."""
+        try:
+            inserted = await self._insert([w.new for w in batch])
+            known = await self._look_up([w.new for w in batch], inserted)
+        except StoreUnavailable as error:
+            _fail(batch, error)
+            return
+        except Exception as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            half = len(batch) // 2
+            await self._flush(batch[:half])
+            await self._flush(batch[half:])
+            return
+        self._doorbell.ring()
+        self._doorbell.hint_feed()
+        self._feed.wake()
+        for waiting in batch:
+            _answer(waiting, inserted, known)
+
+    async def _insert(self, new: Sequence[NewMessage]) -> Inserted:
+        for attempt in range(_AMBIGUOUS_TRIES):
+            try:
+                return await insert_messages(self._database, self._lane, new)
+            except AmbiguousCommit as error:
+                log.warning("a flush of %d is in doubt, asking again: %s", len(new), error)
+                if attempt == _AMBIGUOUS_TRIES - 1:
+                    raise
+                await asyncio.sleep(_AMBIGUOUS_WAIT_S * attempt)
+            except StoreUnavailable:
+                if attempt == 0:
+                    raise  # nothing was sent
+                await asyncio.sleep(_AMBIGUOUS_WAIT_S * attempt)
+        raise AmbiguousCommit("the store stayed away while a flush was in doubt")
+
+    async def _look_up(
+        self, new: Sequence[NewMessage], inserted: Inserted
+    ) -> dict[tuple[int, str], KnownRequest]:
+        if not inserted.known:
+            return {}
+        keys = [
+            (n.project_id, n.submission.request_id) for n in new if n.message_id in inserted.known
+        ]
+        return await read_known_requests(self._database, keys)
+
+
+def _answer(
+    waiting: _Waiting, inserted: Inserted, known: dict[tuple[int, str], KnownRequest]
+) -> None:
+    if waiting.answer.done():  # the caller gave up; what is stored stays stored
+        return
+    new = waiting.new
+    if new.message_id not in inserted.known:
+        has_suppressed = new.message_id in inserted.with_suppressed
+        waiting.answer.set_result(Accepted(new.message_id, has_suppressed=has_suppressed))
+        return
+    found = known.get((new.project_id, new.submission.request_id))
+    if found is None:
+        # It expired between the two statements, after its week: the caller may try again.
+        waiting.answer.set_exception(StoreUnavailable("the request_id was just forgotten"))
+    elif not is_same_request(new.submission, found):
+        waiting.answer.set_exception(RequestIdMismatch(new.submission.request_id))
+    else:
+        # Our own id: the first run of an insert that was in doubt had made it.
+        replayed = found.message_id != new.message_id
+        waiting.answer.set_result(Accepted(found.message_id, replayed, not replayed))
+
+
+def is_same_request(submission: Submission, found: KnownRequest) -> bool:
+    """Whether an Enqueue says what the one before it said, by the rule of its time."""
+    if found.kind != 1:
+        return False
+    return fingerprint(submission, found.rule) == found.fingerprint
+
+
+def _fail(batch: list[_Waiting], error: Exception) -> None:
+    for waiting in batch:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)

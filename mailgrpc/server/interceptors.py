@@ -1,0 +1,244 @@
+"""The one edge where calls come in: who calls, and what errors become.
+
+Promises. A call never hangs: a handler that is cancelled from inside, or that fails in a way nobody
+foresaw, still answers. What the server did not expect is INTERNAL with an error id and nothing
+else; the log has the rest under that id. A call without a deadline gets the server's. Details stay
+under 4 kB, because they travel in trailers, and past 8 kB the caller sees another error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from mailgrpc.db.engine import Database
+from mailgrpc.db.projects import DEFAULT_CALLER, Caller, find_caller
+from mailgrpc.errors import (
+    Reason,
+    RequestError,
+    StoreUnavailable,
+    Unauthenticated,
+    Unavailable,
+)
+from mailgrpc.server.convert import SHOWN_VIOLATIONS, shown_violations
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "mailgrpc"
+SERVICE_PREFIX = "/mailgrpc.v1."
+_RETRY_STORE = timedelta(seconds=1)
+_DETAILS_BYTES = 3900  # under 4 kB with what gRPC adds
+_TEXT_CHARACTERS = 300
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+def current_caller() -> Caller:
+    """Who made the call that this task serves."""
+    return _caller.get()
+
+
+_RANGES = (
+    (1, 17, grpc.StatusCode.INVALID_ARGUMENT),
+    (30, 30, grpc.StatusCode.NOT_FOUND),
+    (31, 31, grpc.StatusCode.ALREADY_EXISTS),
+    (32, 36, grpc.StatusCode.FAILED_PRECONDITION),
+    (37, 37, grpc.StatusCode.OUT_OF_RANGE),
+    (50, 51, grpc.StatusCode.UNAUTHENTICATED),
+    (52, 53, grpc.StatusCode.PERMISSION_DENIED),
+    (60, 63, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (70, 71, grpc.StatusCode.UNAVAILABLE),
+    (72, 72, grpc.StatusCode.UNIMPLEMENTED),
+    (73, 73, grpc.StatusCode.INTERNAL),
+)
+
+
+def status_of(reason: Reason) -> grpc.StatusCode:
+    """The status that a reason is answered with; part of the contract."""
+    for first, last, code in _RANGES:
+        if first <= reason <= last:
+            return code
+    return grpc.StatusCode.UNKNOWN
+
+
+def code_number(error: RequestError) -> int:
+    """The number of the google.rpc.Code of an error."""
+    return int(code_pb2.Code.Value(status_of(error.reason).name))
+
+
+def error_details(error: RequestError) -> bytes:
+    """The google.rpc.Status of an error, serialized; under 4 kB."""
+    for shown in (SHOWN_VIOLATIONS, 10, 3):
+        status = _rich_status(error, shown)
+        if status.ByteSize() < _DETAILS_BYTES:
+            break
+    return status.SerializeToString()
+
+
+def _rich_status(error: RequestError, shown: int) -> status_pb2.Status:
+    anchor = error.reason.name.lower().replace("_", "-")
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(
+            reason=error.reason.name, domain=DOMAIN, metadata={"help": f"README.md#{anchor}"}
+        )
+    ]
+    if error.violations:
+        bad = error_details_pb2.BadRequest()
+        for v in shown_violations(error.violations, shown):
+            bad.field_violations.add(field=v.field, description=v.description, reason=v.reason.name)
+        details.append(bad)
+    if error.retry_after is not None:
+        delay = Duration()
+        delay.FromTimedelta(error.retry_after)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.quota is not None:
+        quota = error_details_pb2.QuotaFailure()
+        quota.violations.add(subject=error.quota, description=error.text[:200])
+        details.append(quota)
+    status = status_pb2.Status(code=code_number(error), message=error.text[:_TEXT_CHARACTERS])
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status
+
+
+async def _abort(context: Any, error: RequestError) -> NoReturn:
+    await context.abort(
+        status_of(error.reason),
+        error.text[:_TEXT_CHARACTERS],
+        trailing_metadata=(("grpc-status-details-bin", error_details(error)),),
+    )
+    raise AssertionError("unreachable: abort raises")
+
+
+def translated(error: BaseException, method: str) -> RequestError:
+    """What a caller is told of an exception."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, StoreUnavailable):
+        log.warning("%s: the store is unavailable: %s", method, error)
+        return Unavailable(
+            Reason.STORE_UNAVAILABLE,
+            "the store cannot be asked now; the same call with its request_id is safe to repeat",
+            retry_after=_RETRY_STORE,
+        )
+    error_id = secrets.token_hex(6)
+    log.error("%s failed, error id %s", method, error_id, exc_info=error)
+    return RequestError(Reason.INTERNAL, f"internal error {error_id}")
+
+
+class Edge(grpc.aio.ServerInterceptor):
+    """Wraps every method of ours, once a method and not once a call."""
+
+    def __init__(self, database: Database, *, keys: bool, deadline_s: float) -> None:
+        self._database = database
+        self._keys = keys
+        self._deadline_s = deadline_s
+        self._wrapped: dict[str, Any] = {}
+        self._known: dict[str, tuple[float, Caller]] = {}
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        method: str = details.method
+        if method in self._wrapped:
+            return self._wrapped[method]
+        handler = await continuation(details)
+        if handler is None or not method.startswith(SERVICE_PREFIX):
+            return handler
+        name = method.rpartition("/")[2]
+        if handler.response_streaming:
+            wrapped = grpc.unary_stream_rpc_method_handler(
+                self._streaming(handler.unary_stream, name),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        else:
+            wrapped = grpc.unary_unary_rpc_method_handler(
+                self._unary(handler.unary_unary, name),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        self._wrapped[method] = wrapped
+        return wrapped
+
+    def _unary(
+        self, call: Callable[[Any, Any], Awaitable[Any]], name: str
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def run(request: Any, context: Any) -> Any:
+            try:
+                _caller.set(await self._identify(context))
+                if context.time_remaining() is None:
+                    async with asyncio.timeout(self._deadline_s):
+                        return await call(request, context)
+                return await call(request, context)
+            except TimeoutError:
+                await context.abort(
+                    grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {self._deadline_s:g} s"
+                )
+            except asyncio.CancelledError:
+                # The caller has gone, or a future of our own was cancelled under us: in that case
+                # the caller is still there, and raising this would leave it without an answer.
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise
+                if context.cancelled():
+                    raise
+                await _abort(context, translated(RuntimeError("cancelled from inside"), name))
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _abort(context, translated(error, name))
+
+        return run
+
+    def _streaming(
+        self, call: Callable[[Any, Any], AsyncIterator[Any]], name: str
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        async def run(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                _caller.set(await self._identify(context))
+                async for response in call(request, context):
+                    yield response
+            except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+                raise
+            except Exception as error:
+                if context.cancelled() or type(error).__name__ == "ExecuteBatchError":
+                    raise  # the subscriber has gone; nobody is left to tell
+                await _abort(context, translated(error, name))
+
+        return run
+
+    async def _identify(self, context: Any) -> Caller:
+        if not self._keys:
+            return DEFAULT_CALLER
+        shown = ""
+        for key, value in context.invocation_metadata():
+            if key == "authorization" and isinstance(value, str):
+                shown = value
+        if not shown:
+            raise Unauthenticated(
+                Reason.KEY_MISSING, "send metadata `authorization: Bearer KEY` with an API key"
+            )
+        scheme, _, key = shown.partition(" ")
+        now = asyncio.get_running_loop().time()
+        if (known := self._known.get(key)) is not None and known[0] > now:
+            return known[1]
+        caller = await find_caller(self._database, key) if scheme.lower() == "bearer" else None
+        if caller is None:
+            raise Unauthenticated(Reason.KEY_INVALID, "this API key is unknown or revoked")
+        if len(self._known) >= _KEYS_REMEMBERED:
+            self._known.clear()
+        self._known[key] = (now + _KEY_TRUSTED_S, caller)
+        return caller
+
+
+_KEYS_REMEMBERED = 10_000
+_KEY_TRUSTED_S = 10.0
+"""How long a key is not asked again: a revoked one may work for so long."""

@@ -1,0 +1,130 @@
+"""Worker sessions: who holds which leases, and who decides that somebody is gone.
+
+Promises. A delivery is started by one session at a time, and while some worker lives nothing stays
+with a session that has ended.
+
+How. A session is a row with a beat counter. It beats by one UPDATE; its leases are the rows of
+`due` that carry its id, so renewing them costs nothing. The reaper, which runs in every worker,
+compares no wall clocks: it ends a session whose beat it has itself seen unchanged for the whole
+lease, by its own monotonic clock, with PostgreSQL answering throughout. An outage of PostgreSQL
+stops all beats at once, so whatever the reaper had seen before it counts for nothing after it.
+
+A session that was ended claims and starts nothing more: both take its row first, shared, and the
+ending waits for them. What it had on the wire is still recorded, by the rule on late results.
+
+The last look. Between a worker's last beat and the moment a reaper may act lies the lease. A send
+begins its last, irrevocable write only while the worker's own clock says that this time is not
+over (CLOCK_BOOTTIME where there is one: it goes on while the machine sleeps). The look counts from
+before the beat was sent, and keeps a margin for the write itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from mailgrpc.db.engine import Database
+from mailgrpc.db.workers import (
+    beat,
+    end_session,
+    mark_reaped,
+    open_session,
+    release_unstarted,
+)
+from mailgrpc.errors import StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+BEATS_A_LEASE = 5
+_MARGIN = 0.2  # of the lease, kept for the write after the last look
+_RETRY_S = 0.5
+
+
+def boot_clock() -> float:
+    """Seconds that also pass while the machine sleeps, where the system can tell."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
+class Session:
+    """The session of this process: one at a time, a new one when the reaper ended the last."""
+
+    def __init__(
+        self,
+        database: Database,
+        name: str,
+        channels: Sequence[str],
+        *,
+        lease_s: float,
+        clock: Callable[[], float] = boot_clock,
+    ) -> None:
+        self._database = database
+        self._name = name
+        self._channels = channels
+        self._lease_s = lease_s
+        self._clock = clock
+        self._beaten_at = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+        self._id = 0
+
+    @property
+    def session_id(self) -> int:
+        """Under which claims and starts are made."""
+        return self._id
+
+    async def start(self) -> None:
+        """Open a session and keep it alive. Raises StoreUnavailable."""
+        await self._open()
+        self._task = asyncio.create_task(self._keep_alive())
+
+    async def renew(self, ended_id: int) -> None:
+        """Session `ended_id` was told to have ended: go on in a new one."""
+        if ended_id == self._id:
+            log.warning("worker session %d was ended by the reaper; taking a new one", ended_id)
+            await self._open()
+
+    def may_send(self) -> bool:
+        """The last look: whether nobody can have taken over what this session has started."""
+        return self._clock() < self._beaten_at + self._lease_s * (1 - _MARGIN)
+
+    async def stop(self, *, all_done: bool) -> None:
+        """End the session. With `all_done` nothing of it is on the wire, so nothing is reaped."""
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            await end_session(self._database, self._id)
+            await release_unstarted(self._database, self._id)
+            if all_done:
+                await mark_reaped(self._database, self._id)
+        except StoreUnavailable as error:
+            log.warning("the session could not be closed, it will be reaped: %s", error)
+
+    async def _open(self) -> None:
+        asked_at = self._clock()
+        self._id = await open_session(self._database, self._name, self._channels)
+        self._beaten_at = asked_at
+
+    async def _keep_alive(self) -> None:
+        every_s = self._lease_s / BEATS_A_LEASE
+        while True:
+            await asyncio.sleep(every_s)
+            await self._beat_until_heard()
+
+    async def _beat_until_heard(self) -> None:
+        while True:
+            session_id, asked_at = self._id, self._clock()
+            try:
+                if await beat(self._database, session_id):
+                    if session_id == self._id:
+                        self._beaten_at = asked_at
+                else:
+                    await self.renew(session_id)
+                return
+            except StoreUnavailable as error:
+                log.debug("the beat waits for the store: %s", error)
+            except Exception:
+                log.exception("the beat failed; it goes on")
+            await asyncio.sleep(_RETRY_S)
