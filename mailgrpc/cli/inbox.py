@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import click
@@ -67,7 +68,7 @@ def show_mail(ctx: click.Context, mail: str) -> None:
     if output.is_terminal:
         output.text(content.decode("utf-8", "replace"))
     else:
-        click.get_binary_stream("stdout").write(content)
+        sys.stdout.buffer.write(content)
 
 
 def _row(mail: StoredMail) -> tuple[str, str, str, str | Styled, str]:

@@ -30,11 +30,11 @@ class Entry:
 
 SECTIONS: dict[str, dict[str, Entry]] = {
     "Run": {
-        "up": Entry("Run all of mailgrpc here, until Ctrl-C.", "embedded"),
+        "up": Entry("Run all of mailgrpc here.", "embedded"),
         "demo": Entry("Show the main job with real mails, and exit.", "embedded"),
-        "serve": Entry("Serve gRPC.", "server"),
-        "work": Entry("Send what is due.", "server"),
-        "migrate": Entry("Bring the database to the schema of this version.", "server"),
+        "serve": Entry("Serve gRPC until SIGTERM or Ctrl-C.", "server"),
+        "work": Entry("Deliver what is due until SIGTERM or Ctrl-C.", "server"),
+        "migrate": Entry("Create or upgrade the database schema.", "server"),
     },
     "Mail": {
         "send": Entry("Hand over one mail."),

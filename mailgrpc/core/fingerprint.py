@@ -33,7 +33,7 @@ For example, a mail from Ops <ops@example.org> to ann@EXAMPLE.com, with SEND_ONC
 
 on one line, without the break after the first; its fingerprint is, in hexadecimal,
 
-    @@GOLDEN@@
+    a2498e8c63a4504a002527d02d5f0020db77cea2c2cb3f677f71549b84017ef7
 """
 
 from __future__ import annotations

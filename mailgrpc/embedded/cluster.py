@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def locate(data_dir: Path, say: Callable[[str], None]) -> tuple[Path, Account | 
     place = data_dir / "postgres"
     if place.is_symlink() and not place.exists():
         raise EmbeddedError(
-            f"{place} points to {os.readlink(place)}, which is not there: bring it back, or remove"
+            f"{place} points to {place.readlink()}, which is not there: bring it back, or remove"
             " the link to begin with an empty database"
         )
     place = place.resolve()
@@ -137,6 +138,7 @@ def create(
     `launch` starts a process (`Slot.launch`: so that a stop in the middle is heard). With
     `durable` false nothing is synced. Raises EmbeddedError with initdb's own words.
     """
+    _check_our_name()
     draft = place.with_name(place.name + ".draft")
 
     def run(argv: Sequence[str], doing: str, stdin: bytes = b"") -> None:
@@ -157,8 +159,18 @@ def create(
     _make_empty(draft, account)
     run(_initdb_command(binaries, draft), "PostgreSQL could not make its data directory")
     run(
-        [binaries.postgres, "--single", "-F", "-D", str(draft), "-c", "exit_on_error=on",
-         "-c", "log_min_messages=error", "postgres"],
+        [
+            binaries.postgres,
+            "--single",
+            "-F",
+            "-D",
+            str(draft),
+            "-c",
+            "exit_on_error=on",
+            "-c",
+            "log_min_messages=error",
+            "postgres",
+        ],
         "PostgreSQL could not make the database",
         _SETUP_SQL.encode(),
     )
@@ -188,6 +200,17 @@ def _initdb_command(binaries: PostgresBinaries, draft: Path) -> list[str]:
         "--no-sync",
         *(f"--set={name}={value}" for name, value in _DEFAULTS.items()),
     ]
+
+
+def _check_our_name() -> None:
+    """initdb looks its user up; containers run with numbers that nobody has given a name."""
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise EmbeddedError(
+            f"user id {os.geteuid()} has no entry in /etc/passwd, which PostgreSQL needs: add one,"
+            " run as a user that has one, or give MAILGRPC_DATABASE_URL"
+        ) from None
 
 
 def _make_empty(draft: Path, account: Account | None) -> None:

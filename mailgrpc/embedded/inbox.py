@@ -84,7 +84,8 @@ class LocalInbox:
         try:
             self._server = await self._bind(handler, self._listen.port)
         except OSError as error:
-            why = os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
+            number = error.errno or 0  # negative where a host's name was not found
+            why = os.strerror(number) if number > 0 else str(error)
             if not self._any_port:
                 raise EmbeddedError(
                     f"the inbox cannot listen on {self._listen}: {why}; set"

@@ -78,7 +78,7 @@ def _become(account: str, command: list[str]) -> None:
         # Python ignores SIGPIPE, and what is ignored stays so over an exec.
         for number in (*_IGNORED, signal.SIGPIPE, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        aim = f"become user {account}"
+        aim = f"become user {account} (start mailgrpc as an ordinary user instead)"
         if account != "-":
             uid, gid, groups = account.split(":")
             os.setgroups(_numbers(groups))

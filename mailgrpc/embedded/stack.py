@@ -57,8 +57,8 @@ class Stack:
 
     Parts that the settings already name (`database_url`, `redis_url`, the channel `default`) are
     not started. Ports: `settings.listen` may have port 0; a taken inbox port means another one.
-    With `durable=False` PostgreSQL does not sync: for tests. `environ` is added to the children's
-    environment. Once started, `database_url`, `redis_url`, `listen` and `inbox` say what runs
+    With `durable=False` PostgreSQL syncs nothing and its data goes with `stop`: for tests and
+    demonstrations. `environ` is added to the children's environment. Once started, `database_url`, `redis_url`, `listen` and `inbox` say what runs
     where, and `running` all of it in the order of `Part`.
     """
 
@@ -159,7 +159,10 @@ class Stack:
         match part:
             case Part.POSTGRES:
                 return EmbeddedPostgres(
-                    self.data_dir, durable=self._durable, lock=self._lock, on_line=hear
+                    self.data_dir if self._durable else None,
+                    durable=self._durable,
+                    lock=self._lock,
+                    on_line=hear,
                 )
             case Part.VALKEY:
                 return EmbeddedValkey(locks=[self._lock.fd], on_line=hear)

@@ -169,9 +169,7 @@ class Supervisor:
 
     async def _stop_once(self, server: Server | Step) -> None:
         hurried = asyncio.create_task(self._hurried.wait())
-        stopping = asyncio.create_task(
-            asyncio.to_thread(server.stop, now=self._hurried.is_set())
-        )
+        stopping = asyncio.create_task(asyncio.to_thread(server.stop, now=self._hurried.is_set()))
         await asyncio.wait({stopping, hurried}, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
             await asyncio.to_thread(server.stop, now=True)

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from mailgrpc.embedded.postgres import EmbeddedPostgres
 
 from .watching import descendants, is_alive, wait_until
 
@@ -35,14 +38,37 @@ def data_dir(place: Path) -> Path:
     return place / "data"
 
 
+@pytest.fixture(scope="session")
+def pristine() -> Iterator[Path]:
+    """A data directory with an empty database in it, to be copied: sooner done than initdb."""
+    path = Path(tempfile.mkdtemp(prefix="mailgrpc-test-", dir="/tmp"))
+    path.chmod(0o755)
+    with EmbeddedPostgres(path / "data", durable=False):
+        pass
+    yield path / "data"
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def made_data_dir(pristine: Path, data_dir: Path) -> Path:
+    """A data directory in which PostgreSQL has run before."""
+    subprocess.run(["cp", "-a", pristine, data_dir], check=True)
+    return data_dir
+
+
 class Family:
     """A `mailgrpc up` in a process of its own, with stand-ins for our own programs."""
 
     def __init__(self, data_dir: Path, *options: str, **environ: str) -> None:
         self._output = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "family.py"), f"--data-dir={data_dir}",
-             "--listen=127.0.0.1:0", *options],
+            [
+                sys.executable,
+                str(HERE / "family.py"),
+                f"--data-dir={data_dir}",
+                "--listen=127.0.0.1:0",
+                *options,
+            ],
             env={**os.environ, "MAILGRPC_INBOX_SMTP_LISTEN": "127.0.0.1:0", **environ},
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -90,7 +116,11 @@ def run_family() -> Iterator[Callable[..., Family]]:
     for family in families:
         members = family.members()
         family.close()
-        wait_until(lambda members=members: not any(map(is_alive, members)), what="all ended")
+        wait_until(partial(_none_alive, members), what="all ended")
+
+
+def _none_alive(pids: Iterable[int]) -> bool:
+    return not any(map(is_alive, pids))
 
 
 @dataclass(frozen=True)
@@ -105,9 +135,13 @@ class AsNobody:
         paths = [str(HERE.parent.parent), *(p for p in sys.path if p.endswith("site-packages"))]
         return subprocess.run(
             [self.python, *arguments],
-            user=self.uid, group=self.gid, extra_groups=[], cwd="/",
+            user=self.uid,
+            group=self.gid,
+            extra_groups=[],
+            cwd="/",
             env={"PYTHONPATH": os.pathsep.join(paths), "PATH": os.defpath},
-            capture_output=True, text=True,
+            capture_output=True,
+            text=True,
         )
 
 

@@ -134,7 +134,9 @@ async def test_dots_come_through_and_a_pipeline_is_answered(inbox: LocalInbox) -
 
 async def test_permerror_refuses_that_recipient_alone(inbox: LocalInbox) -> None:
     client = await connect(inbox)
-    errors, _ = await client.sendmail("a@x.example", ["permerror@example.test", "b@y.example"], MAIL)
+    errors, _ = await client.sendmail(
+        "a@x.example", ["permerror@example.test", "b@y.example"], MAIL
+    )
     client.close()
     assert {address: answer[0] for address, answer in errors.items()} == {
         "permerror@example.test": 550

@@ -28,8 +28,12 @@ def test_a_second_family_is_refused_with_the_first_ones_pid(place: Path) -> None
 def test_the_children_of_a_dead_parent_are_waited_for(place: Path) -> None:
     lock = FamilyLock(place)
     lock.acquire()
-    launch = Launch(name="x", argv=["/bin/sh", "-c", "exec sleep 1000"],
-                    environ=inherited_environ(), locks=[lock.fd])
+    launch = Launch(
+        name="x",
+        argv=["/bin/sh", "-c", "exec sleep 1000"],
+        environ=inherited_environ(),
+        locks=[lock.fd],
+    )
     child = Process(launch)
     lock.release()  # as if the parent were gone; the child lives
 
@@ -55,8 +59,12 @@ def test_the_children_of_a_dead_parent_are_waited_for(place: Path) -> None:
 def test_waiting_has_a_bound_and_says_what_to_do(place: Path) -> None:
     lock = FamilyLock(place)
     lock.acquire()
-    launch = Launch(name="x", argv=["/bin/sh", "-c", "exec sleep 1000"],
-                    environ=inherited_environ(), locks=[lock.fd])
+    launch = Launch(
+        name="x",
+        argv=["/bin/sh", "-c", "exec sleep 1000"],
+        environ=inherited_environ(),
+        locks=[lock.fd],
+    )
     child = Process(launch)
     lock.release()
     with pytest.raises(EmbeddedError, match="processes of an earlier run still use"):
@@ -67,8 +75,14 @@ def test_waiting_has_a_bound_and_says_what_to_do(place: Path) -> None:
 def test_waiting_can_be_abandoned(place: Path) -> None:
     lock = FamilyLock(place)
     lock.acquire()
-    child = Process(Launch(name="x", argv=["/bin/sh", "-c", "exec sleep 1000"],
-                           environ=inherited_environ(), locks=[lock.fd]))
+    child = Process(
+        Launch(
+            name="x",
+            argv=["/bin/sh", "-c", "exec sleep 1000"],
+            environ=inherited_environ(),
+            locks=[lock.fd],
+        )
+    )
     lock.release()
     waiting = FamilyLock(place)
     waiting.abandon()

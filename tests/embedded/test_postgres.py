@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -38,6 +40,19 @@ async def notes(url: str) -> list[str]:
     return [row["note"] for row in rows]
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[EmbeddedPostgres, Path]]:
+    """One server for the tests that only look, and its data directory."""
+    place = Path(tempfile.mkdtemp(prefix="mailgrpc-test-", dir="/tmp"))
+    place.chmod(0o755)
+    with EmbeddedPostgres(place / "data") as postgres:
+        yield postgres, place / "data"
+    shutil.rmtree(place)
+
+
+Running = tuple[EmbeddedPostgres, Path]
+
+
 async def test_a_restart_keeps_the_data(data_dir: Path) -> None:
     with EmbeddedPostgres(data_dir) as postgres:
         await put(postgres.url, "kept")
@@ -47,8 +62,8 @@ async def test_a_restart_keeps_the_data(data_dir: Path) -> None:
         assert await notes(postgres.url) == ["kept"]
 
 
-async def test_a_crash_keeps_what_was_committed_and_the_url(data_dir: Path) -> None:
-    with EmbeddedPostgres(data_dir) as postgres:
+async def test_a_crash_keeps_what_was_committed_and_the_url(made_data_dir: Path) -> None:
+    with EmbeddedPostgres(made_data_dir) as postgres:
         url = postgres.url
         await put(url, "committed")
         assert postgres.process is not None
@@ -73,31 +88,38 @@ def start_until_backends_have_left(postgres: EmbeddedPostgres) -> None:
     wait_until(started)
 
 
-async def test_the_settings_are_those_of_a_durable_server(data_dir: Path) -> None:
-    with EmbeddedPostgres(data_dir) as postgres:
-        connection = await asyncpg.connect(postgres.url)
-        for name in ("fsync", "synchronous_commit", "full_page_writes"):
-            assert await connection.fetchval(f"SHOW {name}") == "on"
-        assert await connection.fetchval("SHOW listen_addresses") == ""
-        assert await connection.fetchval("SHOW server_encoding") == "UTF8"
-        assert await connection.fetchval("SELECT lower('ÄÖ')") == "äö"
-        is_super = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user"
-        assert await connection.fetchval(is_super) is False
-        await connection.execute("CREATE DATABASE template_for_tests")
-        await connection.close()
-        superuser = await asyncpg.connect(postgres.url_of("postgres", user="postgres"))
-        assert await superuser.fetchval(is_super) is True
-        await superuser.close()
+async def test_the_settings_are_those_of_a_durable_server(running: Running) -> None:
+    connection = await asyncpg.connect(running[0].url)
+    for name in ("fsync", "synchronous_commit", "full_page_writes"):
+        assert await connection.fetchval(f"SHOW {name}") == "on"
+    assert await connection.fetchval("SHOW listen_addresses") == ""
+    assert await connection.fetchval("SHOW server_encoding") == "UTF8"
+    assert await connection.fetchval("SELECT lower('ÄÖ')") == "äö"
+    await connection.close()
 
 
-async def test_sqlalchemy_takes_the_url() -> None:
-    with EmbeddedPostgres(durable=False) as postgres:
-        url = postgres.url.replace("postgresql:", "postgresql+asyncpg:")
-        engine = create_async_engine(url)
-        async with engine.connect() as connection:
-            who = await connection.execute(text("SELECT current_user, current_database()"))
-            assert tuple(who.one()) == ("mailgrpc", "mailgrpc")
-        await engine.dispose()
+async def test_the_role_may_make_databases_and_is_no_superuser(running: Running) -> None:
+    is_super = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user"
+    connection = await asyncpg.connect(running[0].url)
+    assert await connection.fetchval(is_super) is False
+    await connection.execute("CREATE DATABASE template_for_tests")
+    await connection.close()
+    superuser = await asyncpg.connect(running[0].url_of("postgres", user="postgres"))
+    assert await superuser.fetchval(is_super) is True
+    await superuser.close()
+
+
+async def test_sqlalchemy_takes_the_url(running: Running) -> None:
+    engine = create_async_engine(running[0].url.replace("postgresql:", "postgresql+asyncpg:"))
+    async with engine.connect() as connection:
+        who = await connection.execute(text("SELECT current_user, current_database()"))
+        assert tuple(who.one()) == ("mailgrpc", "mailgrpc")
+    await engine.dispose()
+
+
+def test_a_second_start_on_the_same_directory_is_refused(running: Running) -> None:
+    with pytest.raises(EmbeddedError, match="stop it, or choose another --data-dir"):
+        EmbeddedPostgres(running[1]).start()
 
 
 def test_without_a_data_dir_nothing_stays() -> None:
@@ -109,23 +131,23 @@ def test_without_a_data_dir_nothing_stays() -> None:
     assert not private.exists()
 
 
-async def test_a_stale_pid_file_with_a_living_number_does_not_block(data_dir: Path) -> None:
-    with EmbeddedPostgres(data_dir) as postgres:
-        await put(postgres.url, "kept")
-    # The number of a process that lives and is not PostgreSQL, as after a container's restart.
-    stale = data_dir / "postgres" / "postmaster.pid"
-    stale.write_text(f"{os.getppid()}\n{stale.parent}\n1700000000\n5432\n/tmp\n\n0 0\nready\n")
-    with EmbeddedPostgres(data_dir) as postgres:
-        assert await notes(postgres.url) == ["kept"]
+async def test_a_stale_pid_file_with_a_living_number_does_not_block(made_data_dir: Path) -> None:
+    # The number of a process of the same user that lives and is not PostgreSQL: as after a
+    # container's restart, where numbers begin anew.
+    stale = made_data_dir / "postgres" / "postmaster.pid"
+    owner = stale.parent.stat().st_uid
+    with subprocess.Popen(["sleep", "1000"], user=owner if os.geteuid() == 0 else None) as other:
+        stale.write_text(f"{other.pid}\n{stale.parent}\n1700000000\n5432\n/tmp\n\n0 0\nready\n")
+        stale.chmod(0o644)
+        with EmbeddedPostgres(made_data_dir) as postgres:
+            await put(postgres.url, "written")
+        other.kill()
 
 
-def test_a_second_start_on_the_same_directory_is_refused(data_dir: Path) -> None:
-    with EmbeddedPostgres(data_dir), pytest.raises(EmbeddedError, match="stop it, or choose"):
-        EmbeddedPostgres(data_dir).start()
-
-
-async def test_a_deep_directory_is_no_problem(place: Path) -> None:
+async def test_a_deep_directory_is_no_problem(place: Path, made_data_dir: Path) -> None:
     deep = place / ("d" * 100) / ("e" * 100)
+    deep.parent.mkdir()
+    made_data_dir.rename(deep)
     with EmbeddedPostgres(deep) as postgres:
         await put(postgres.url, "deep down")
         assert await notes(postgres.url) == ["deep down"]
@@ -162,18 +184,17 @@ def test_a_stop_ends_a_start_that_is_under_way(data_dir: Path) -> None:
         pass
 
 
-def test_a_server_that_dies_at_its_start_is_told_with_its_last_words(data_dir: Path) -> None:
-    with EmbeddedPostgres(data_dir):
-        pass
-    with (data_dir / "postgres" / "postgresql.conf").open("a") as file:
+def test_a_server_that_dies_at_its_start_is_told_with_its_last_words(made_data_dir: Path) -> None:
+    with (made_data_dir / "postgres" / "postgresql.conf").open("a") as file:
         file.write("\nshared_buffers = plenty\n")
     with pytest.raises(EmbeddedError, match='invalid value for parameter "shared_buffers"'):
-        EmbeddedPostgres(data_dir).start()
+        EmbeddedPostgres(made_data_dir).start()
 
 
 def test_data_of_another_major_version_is_refused(data_dir: Path) -> None:
-    with EmbeddedPostgres(data_dir, binaries=find_binaries(16)) as postgres:
-        assert postgres.process is not None
+    (data_dir / "postgres").mkdir(parents=True)
+    (data_dir / "postgres" / "PG_VERSION").write_text("16\n")
+    data_dir.chmod(0o711)
     with pytest.raises(EmbeddedError, match=r"holds data of PostgreSQL 16, and this is 18\."):
         EmbeddedPostgres(data_dir).start()
 
@@ -185,6 +206,13 @@ def test_something_else_in_its_place_is_not_touched(data_dir: Path) -> None:
     with pytest.raises(EmbeddedError, match="no data directory of PostgreSQL: move it away"):
         EmbeddedPostgres(data_dir).start()
     assert (data_dir / "postgres" / "precious").read_text() == "mine"
+
+
+async def test_another_installed_version_can_be_chosen() -> None:
+    with EmbeddedPostgres(durable=False, binaries=find_binaries(16)) as postgres:
+        connection = await asyncpg.connect(postgres.url)
+        assert connection.get_server_version().major == 16
+        await connection.close()
 
 
 def test_a_version_that_is_not_installed_is_told() -> None:
@@ -246,8 +274,9 @@ def test_root_copies_binaries_that_postgres_cannot_reach(
     installed = find_binaries()
     package = installed.root.parent
     for name in (package.name, f"{package.name}.libs"):
-        shutil.copytree(package.parent / name, closed_place / name,
-                        copy_function=os.link, symlinks=True)
+        shutil.copytree(
+            package.parent / name, closed_place / name, copy_function=os.link, symlinks=True
+        )
     closed = PostgresBinaries(closed_place / package.name / installed.root.name, installed.release)
     with EmbeddedPostgres(data_dir, binaries=closed) as postgres:
         assert postgres.process is not None
@@ -256,6 +285,13 @@ def test_root_copies_binaries_that_postgres_cannot_reach(
     copies = list((place / "var" / "binaries").iterdir())
     with EmbeddedPostgres(data_dir, binaries=closed):
         assert list((place / "var" / "binaries").iterdir()) == copies
+
+
+def test_a_user_without_a_name_is_told(place: Path, as_nobody: AsNobody) -> None:
+    place.chmod(0o777)
+    nameless = dataclasses.replace(as_nobody, uid=54321, gid=54321)
+    ran = nameless.run("-c", SCRIPT, str(place / "data"))
+    assert "user id 54321 has no entry in /etc/passwd" in ran.stderr
 
 
 SCRIPT = """
@@ -281,10 +317,9 @@ async def test_an_ordinary_user_runs_it_as_itself_and_root_keeps_to_that(
     assert as_nobody.run("-c", SCRIPT, str(data_dir)).returncode == 0
 
 
-def test_an_ordinary_user_is_told_whose_data_it_is(place: Path, as_nobody: AsNobody) -> None:
-    data_dir = place / "data"
-    with EmbeddedPostgres(data_dir):
-        pass
-    ran = as_nobody.run("-c", SCRIPT, str(data_dir))
+def test_an_ordinary_user_is_told_whose_data_it_is(
+    made_data_dir: Path, as_nobody: AsNobody
+) -> None:
+    ran = as_nobody.run("-c", SCRIPT, str(made_data_dir))
     assert "is the directory another user's?" in ran.stderr
     assert "choose another --data-dir" in ran.stderr

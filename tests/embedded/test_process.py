@@ -21,7 +21,10 @@ STUBBORN = "trap '' TERM INT; echo up; while :; do sleep 0.05; done"
 
 def shell(script: str, **options: object) -> Launch:
     return Launch(
-        name="shell", argv=["/bin/sh", "-c", script], environ=inherited_environ(), **options  # type: ignore[arg-type]
+        name="shell",
+        argv=["/bin/sh", "-c", script],
+        environ=inherited_environ(),
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -76,8 +79,9 @@ def test_a_killed_lifeline_takes_its_child_along() -> None:
 
 def test_signals_to_the_whole_family_do_not_end_the_lifeline() -> None:
     heard: list[str] = []
-    process = Process(shell("trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.05; done"),
-                      heard.append)
+    process = Process(
+        shell("trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.05; done"), heard.append
+    )
     wait_until(lambda: heard)
     lifeline = parent_of(process.pid)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -91,7 +95,10 @@ def test_a_killed_parent_leaves_no_child_and_no_directory(place: Path) -> None:
     private = place / "private"
     private.mkdir()
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"""
+        [
+            sys.executable,
+            "-c",
+            f"""
 import signal, threading
 from pathlib import Path
 from mailgrpc.embedded.process import Launch, Process, inherited_environ
@@ -100,7 +107,8 @@ process = Process(Launch(name="x", argv=["/bin/sh", "-c", {STUBBORN!r}],
     orphan_plan=((signal.SIGTERM, 0.2), (signal.SIGINT, 0.2))))
 print(process.pid, flush=True)
 threading.Event().wait()
-"""],
+""",
+        ],
         stdout=subprocess.PIPE,
     )
     assert parent.stdout is not None

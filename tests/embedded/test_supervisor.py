@@ -55,8 +55,13 @@ Shell = Callable[[str, str], Command]
 @pytest.fixture
 def shell(log: Log) -> Shell:
     def command(name: str, script: str) -> Command:
-        return Command(name, ["/bin/sh", "-c", script], inherited_environ(), grace_s=5.0,
-                       on_line=lambda line: log.say(name, line))
+        return Command(
+            name,
+            ["/bin/sh", "-c", script],
+            inherited_environ(),
+            grace_s=5.0,
+            on_line=lambda line: log.say(name, line),
+        )
 
     return command
 

@@ -76,32 +76,34 @@ async def test_it_starts_all_says_so_and_ends_on_ctrl_c(
 
 
 async def test_killed_it_leaves_nobody_and_comes_back_with_its_data(
-    data_dir: Path, run_family: RunFamily
+    made_data_dir: Path, run_family: RunFamily
 ) -> None:
-    family = run_family(data_dir, STANDIN_STUBBORN="work").wait_ready()
+    family = run_family(made_data_dir, STANDIN_STUBBORN="work").wait_ready()
     await execute(family, "CREATE TABLE notes AS SELECT 'kept' AS note")
     members = family.members()
     family.signal(signal.SIGKILL)
     family.wait()
     # At once, while the old family is still ending.
-    next_family = run_family(data_dir).wait_ready()
+    next_family = run_family(made_data_dir).wait_ready()
     assert not [command for pid, command in members.items() if is_alive(pid)]
     assert "waiting for the processes of an earlier run to end" in next_family.output
     (row,) = await execute(next_family, "SELECT note FROM notes")
     assert row["note"] == "kept"
 
 
-def test_a_second_one_is_refused_and_harms_nobody(data_dir: Path, run_family: RunFamily) -> None:
-    family = run_family(data_dir).wait_ready()
-    second = run_family(data_dir)
+def test_a_second_one_is_refused_and_harms_nobody(
+    made_data_dir: Path, run_family: RunFamily
+) -> None:
+    family = run_family(made_data_dir).wait_ready()
+    second = run_family(made_data_dir)
     assert second.wait() == 1
     assert f"another mailgrpc (process {family.process.pid}) is running on" in second.output
     assert family.process.poll() is None
     assert is_alive(member(family, POSTGRES))
 
 
-async def test_what_dies_comes_back(data_dir: Path, run_family: RunFamily) -> None:
-    family = run_family(data_dir).wait_ready()
+async def test_what_dies_comes_back(made_data_dir: Path, run_family: RunFamily) -> None:
+    family = run_family(made_data_dir).wait_ready()
     url = database_url(family)
     for part in (POSTGRES, WORKER, "valkey-server", "embedded.inbox", "standin.py serve"):
         os.kill(member(family, part), signal.SIGKILL)
@@ -111,8 +113,8 @@ async def test_what_dies_comes_back(data_dir: Path, run_family: RunFamily) -> No
     assert family.process.poll() is None
 
 
-def test_a_start_that_fails_ends_plainly(data_dir: Path, run_family: RunFamily) -> None:
-    family = run_family(data_dir, STANDIN_FAIL="serve")
+def test_a_start_that_fails_ends_plainly(made_data_dir: Path, run_family: RunFamily) -> None:
+    family = run_family(made_data_dir, STANDIN_FAIL="serve")
     assert family.wait() == 1
     plain = family.output[family.output.index("Error: ") :]
     assert plain.startswith("Error: server did not start: it ended with exit code 1; its last")
@@ -121,8 +123,8 @@ def test_a_start_that_fails_ends_plainly(data_dir: Path, run_family: RunFamily) 
     assert not family.members()
 
 
-def test_a_second_ctrl_c_is_impatient(data_dir: Path, run_family: RunFamily) -> None:
-    family = run_family(data_dir, STANDIN_STUBBORN="work").wait_ready()
+def test_a_second_ctrl_c_is_impatient(made_data_dir: Path, run_family: RunFamily) -> None:
+    family = run_family(made_data_dir, STANDIN_STUBBORN="work").wait_ready()
     members = family.members()
     family.signal(signal.SIGINT)
     wait_until(lambda: "a second one ends it at once" in family.output)
@@ -145,12 +147,14 @@ async def test_what_is_given_is_not_started(data_dir: Path, run_family: RunFamil
     assert "inbox" not in family.output
 
 
-async def test_a_stack_of_some_parts(data_dir: Path) -> None:
-    settings = Settings(data_dir=data_dir, inbox_smtp_listen=HostPort("127.0.0.1", 0))
+async def test_a_stack_of_some_parts(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", inbox_smtp_listen=HostPort("127.0.0.1", 0))
     parts = {Part.POSTGRES, Part.VALKEY, Part.INBOX}
     async with Stack(settings, parts=parts, durable=False) as stack:
         assert [running.part for running in stack.running] == [
-            Part.POSTGRES, Part.VALKEY, Part.INBOX
+            Part.POSTGRES,
+            Part.VALKEY,
+            Part.INBOX,
         ]
         assert stack.running[2] == Running(Part.INBOX, stack.inbox or "")
         assert stack.redis_url is not None and stack.redis_url.startswith("unix:///")

@@ -14,7 +14,7 @@ from mailgrpc.embedded.valkey import EmbeddedValkey
 
 async def test_redis_py_and_arq_take_the_url() -> None:
     with EmbeddedValkey() as valkey:
-        client = redis.asyncio.from_url(valkey.url)
+        client = redis.asyncio.Redis.from_url(valkey.url)
         assert await client.ping()
         assert await client.config_get("save", "appendonly") == {"save": "", "appendonly": "no"}
         await client.aclose()

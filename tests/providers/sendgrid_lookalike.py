@@ -13,6 +13,7 @@ import asyncio
 import base64
 import json
 import re
+import ssl
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,11 +53,14 @@ class SendGridLookalike:
     requests: int = 0
     connections: int = 0
     port: int = 0
+    tls: ssl.SSLContext | None = None
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def __aenter__(self) -> SendGridLookalike:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(
+            self._serve, "127.0.0.1", self.port, ssl=self.tls
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -108,11 +112,12 @@ class SendGridLookalike:
                 await asyncio.sleep(3600)
             return False
         answer = action if isinstance(action, Planned) else self._answer(request_line, headers, body)
-        lines = [f"HTTP/1.1 {answer.status} Status", f"Content-Length: {len(answer.body)}"]
-        lines += [f"{k}: {v}" for k, v in answer.headers.items()]
+        answer_headers = {"Content-Length": str(len(answer.body)), **answer.headers}
+        lines = [f"HTTP/1.1 {answer.status} Status"]
+        lines += [f"{k}: {v}" for k, v in answer_headers.items()]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + answer.body)
         await writer.drain()
-        return True
+        return int(answer_headers["Content-Length"]) == len(answer.body)
 
     def _answer(self, request_line: str, headers: dict[str, str], body: bytes) -> Planned:
         try:
