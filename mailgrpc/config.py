@@ -105,7 +105,9 @@ class Settings:
         None, str, "PostgreSQL, e.g. postgresql://user:password@host/mailgrpc", secret=True
     )
     redis_url: str | None = _setting(
-        None, str, "Redis or Valkey, e.g. redis://host:6379/0; without it mail still flows, slower",
+        None,
+        str,
+        "Redis or Valkey, e.g. redis://host:6379/0; without it mail still flows, slower",
         secret=True,
     )
     categories: Mapping[str, int] = _setting(
@@ -122,7 +124,9 @@ class Settings:
         lambda: HostPort("127.0.0.1", 1025), parse_host_port, "where the local inbox listens"
     )
     auth: str = _setting(
-        "off", _choice("off", "keys"), "off: who reaches the port is project `default`; keys: API keys"
+        "off",
+        _choice("off", "keys"),
+        "off: who reaches the port is project `default`; keys: API keys",
     )
     tls_cert_file: Path | None = _setting(None, Path, "PEM certificate chain of the gRPC server")
     tls_key_file: Path | None = _setting(None, Path, "PEM private key of the gRPC server")
@@ -136,7 +140,9 @@ class Settings:
     default_deadline_s: float = _setting(
         30.0, _parse_seconds, "bound on a unary call that brings no deadline"
     )
-    feed_lanes: int = _setting(4, _parse_count, "lanes that processes of this installation write to")
+    feed_lanes: int = _setting(
+        4, _parse_count, "lanes that processes of this installation write to"
+    )
     event_retention_s: float = _setting(
         7 * 86400.0, _parse_seconds, "how long events can be resumed from (at least 72 h)"
     )
@@ -146,6 +152,10 @@ class Settings:
     )
     under_up: bool = _setting(
         False, lambda text: text == "1", "set by `mailgrpc up`: one log for all, for people"
+    )
+
+    test_database_url: str | None = _setting(
+        None, str, "a PostgreSQL server for `mailgrpc.testing`, instead of an embedded one", secret=True
     )
 
     # The client's own settings.

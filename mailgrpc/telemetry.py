@@ -16,7 +16,9 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{moment}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"
+        line = (
+            f"{moment}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"
+        )
         line += "".join(f"  {key}={value}" for key, value in _extras(record).items())
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from mailgrpc.errors import MailgrpcError
 from mailgrpc.v1.delivery_pb2 import MessageStatus

@@ -117,17 +117,13 @@ class Role(enum.IntEnum):
 
 
 _WAITING_MOVES = frozenset({State.SENDING, State.CANCELLED, State.EXPIRED, State.SUPPRESSED})
-_PROOF = frozenset(
-    {State.SENT, State.DELIVERED, State.BOUNCED, State.COMPLAINED, State.FAILED}
-)
+_PROOF = frozenset({State.SENT, State.DELIVERED, State.BOUNCED, State.COMPLAINED, State.FAILED})
 
 MOVES: Mapping[State, frozenset[State]] = {
     # Late proof about an attempt made before Resend, backoff, cancel or expiry moves these too.
     State.QUEUED: _WAITING_MOVES | _PROOF,
     State.DEFERRED: _WAITING_MOVES | _PROOF | {State.QUEUED},
-    State.SENDING: frozenset(
-        {State.SENT, State.DEFERRED, State.FAILED, State.OUTCOME_UNKNOWN}
-    ),
+    State.SENDING: frozenset({State.SENT, State.DEFERRED, State.FAILED, State.OUTCOME_UNKNOWN}),
     State.SENT: frozenset({State.DELIVERED, State.BOUNCED, State.COMPLAINED, State.QUEUED}),
     State.DELIVERED: frozenset({State.BOUNCED, State.COMPLAINED, State.QUEUED}),
     State.BOUNCED: frozenset({State.DELIVERED, State.COMPLAINED, State.QUEUED}),
@@ -163,6 +159,10 @@ AGGREGATE_ORDER = (
     State.DELIVERED,
 )
 """A message's state is the first of these that one of its deliveries has."""
+
+LONGEST_WAIT = timedelta(days=60)
+"""A provider is not obeyed further: no expiry lies further ahead, and a Retry-After of millennia
+is no date at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ def next_step(
     wait = backoff(delivery.attempt_count, policy, rng)
     reason = WaitReason.BACKOFF
     if result.retry_after is not None and result.retry_after > wait:
-        wait = result.retry_after
+        wait = min(result.retry_after, LONGEST_WAIT)
         reason = WaitReason.RATE_LIMITED
     due_at = now + wait
     if delivery.expire_at is not None:

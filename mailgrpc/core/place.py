@@ -53,9 +53,7 @@ def advance(place: Place, events: Sequence[Event]) -> dict[int, Position]:
 
 def covers(place: Place, other: Place) -> bool:
     """Whether `place` is at or behind `other` in every lane: it has seen all that `other` has."""
-    return all(
-        place.get(lane, ORIGIN).seq >= position.seq for lane, position in other.items()
-    )
+    return all(place.get(lane, ORIGIN).seq >= position.seq for lane, position in other.items())
 
 
 def encode_token(project_id: int, place: Place) -> str:

@@ -48,7 +48,7 @@ def pack_content(message: MailMessage) -> bytes:
     return packed
 
 
-def unpack_message(row: Mapping[str, Any], files: Mapping[int, bytes]) -> MailMessage | None:
+def unpack_message(row: Any, files: Mapping[int, bytes]) -> MailMessage | None:
     """The message of a row of `messages`; None once its content is erased."""
     if row["content"] is None:
         return None

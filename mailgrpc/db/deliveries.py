@@ -129,9 +129,7 @@ class Recorded:
     step: Step
 
 
-async def record_outcomes(
-    db: Database, lane: int, recorded: Sequence[Recorded]
-) -> set[uuid.UUID]:
+async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded]) -> set[uuid.UUID]:
     """Write results. Answers the deliveries that were no longer in this attempt (late results).
 
     Each delivery at most once in a call. Running it again after AmbiguousCommit is harmless: the
@@ -284,4 +282,3 @@ async def promote_scheduled(db: Database, limit: int = 2000) -> int:
         limit,
     )
     return len(rows)
-

@@ -23,20 +23,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
 
 import asyncpg
 import sqlalchemy as sa
+from asyncpg.connect_utils import SessionAttribute
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from mailgrpc.errors import MailgrpcError, SettingsError, StoreUnavailable
 
 T = TypeVar("T")
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 log = logging.getLogger(__name__)
 
 SCHEMA = "mailgrpc"
 CONNECT_TIMEOUT_S = 5.0
+COMMAND_TIMEOUT_S = 60.0
+"""A server that stays silent for so long is not there; nothing of ours takes a tenth of it."""
 _TRIES_ON_CONFLICT = 5
 
 
@@ -71,6 +75,22 @@ _BROKEN = (
     OSError,
     TimeoutError,
 )
+
+
+async def connect(url: str, *, command_timeout: float | None, application_name: str) -> Connection:
+    """One connection to a server that takes writes, with our schema in its path."""
+    return await asyncpg.connect(
+        url,
+        timeout=CONNECT_TIMEOUT_S,
+        command_timeout=command_timeout,
+        target_session_attrs=SessionAttribute.read_write,
+        server_settings={
+            "application_name": application_name,
+            "search_path": SCHEMA,
+            # Short statements over arrays: compiling them costs more than running them.
+            "jit": "off",
+        },
+    )
 
 
 class Database:
@@ -120,7 +140,8 @@ class Database:
         async def run() -> Sequence[sa.Row[Any]]:
             try:
                 async with self.engine.connect() as connection:
-                    return (await connection.execute(query)).all()
+                    rows: Sequence[sa.Row[Any]] = (await connection.execute(query)).all()
+                    return rows
             except sa.exc.DBAPIError as error:
                 cause = error.orig.__cause__ if error.orig is not None else None
                 if isinstance(cause, (*_NOT_BEGUN, *_BROKEN)):
@@ -131,9 +152,7 @@ class Database:
 
         return await self._uncancelled(run())
 
-    async def _run(
-        self, call: Callable[[asyncpg.Connection], Awaitable[T]], *, writes: bool
-    ) -> T:
+    async def _run(self, call: Callable[[Connection], Awaitable[T]], *, writes: bool) -> T:
         async def run() -> T:
             for attempt in range(_TRIES_ON_CONFLICT):
                 try:
@@ -145,9 +164,7 @@ class Database:
 
         return await self._uncancelled(run())
 
-    async def _run_once(
-        self, call: Callable[[asyncpg.Connection], Awaitable[T]], *, writes: bool
-    ) -> T:
+    async def _run_once(self, call: Callable[[Connection], Awaitable[T]], *, writes: bool) -> T:
         async with self._connection() as connection:
             cut_short: list[str] = []
 
@@ -179,14 +196,14 @@ class Database:
             return result
 
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
+    async def _connection(self) -> AsyncIterator[Connection]:
         pooled = self.engine.connect()
         try:
             await pooled.start()
         except (sa.exc.TimeoutError, sa.exc.DBAPIError, asyncpg.PostgresError, *_BROKEN) as error:
             raise StoreUnavailable(str(error) or type(error).__name__) from error
         raw = await pooled.get_raw_connection()
-        connection: asyncpg.Connection = raw.driver_connection
+        connection = cast("Connection", raw.driver_connection)
         try:
             yield connection
         finally:
@@ -194,8 +211,8 @@ class Database:
                 await pooled.invalidate()
             await pooled.close()
 
-    async def _uncancelled(self, work: Any) -> Any:
-        task = asyncio.ensure_future(work)
+    async def _uncancelled(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
@@ -205,17 +222,9 @@ class Database:
         if not task.cancelled():
             task.exception()  # whoever waited may have gone; it is not "never retrieved"
 
-    async def _connect(self) -> asyncpg.Connection:
-        connection = await asyncpg.connect(
-            self._url,
-            timeout=CONNECT_TIMEOUT_S,
-            target_session_attrs="read-write",
-            server_settings={
-                "application_name": "mailgrpc",
-                "search_path": SCHEMA,
-                # Short statements over arrays: compiling them costs more than running them.
-                "jit": "off",
-            },
+    async def _connect(self) -> Connection:
+        connection = await connect(
+            self._url, command_timeout=COMMAND_TIMEOUT_S, application_name="mailgrpc"
         )
         # With `off` a crash hands out the same sequence numbers again.
         if await connection.fetchval("SHOW synchronous_commit") == "off":

@@ -9,9 +9,6 @@ there: whoever sees an effect has seen its cause.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from mailgrpc.core.delivery import (
     Delivery,
     Mode,
@@ -24,7 +21,7 @@ from mailgrpc.core.event import Attempt, Event, EventKind
 from mailgrpc.core.place import ORIGIN, Place, Position
 from mailgrpc.db.content import unpack_json
 from mailgrpc.db.engine import Database
-from mailgrpc.db.rows import result_of
+from mailgrpc.db.rows import Row, result_of
 
 LANES = range(16)
 
@@ -112,7 +109,7 @@ async def drop_events(db: Database, older_than_s: float, limit: int = 5000) -> i
     return len(dropped)
 
 
-def event_of(row: Mapping[str, Any]) -> Event:
+def event_of(row: Row) -> Event:
     """A row of `events` as the domain sees it, without labels."""
     kind = EventKind(row["kind"])
     delivery = attempt = None

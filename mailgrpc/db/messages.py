@@ -21,7 +21,7 @@ from mailgrpc.db.content import (
     unpack_options,
 )
 from mailgrpc.db.engine import Database
-from mailgrpc.db.rows import LAST_ATTEMPT, RESULT_COLUMNS, delivery_of, result_of
+from mailgrpc.db.rows import LAST_ATTEMPT, RESULT_COLUMNS, Row, delivery_of, result_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ async def read_statuses(
         list(message_ids),
         project_id,
     )
-    by_message: dict[uuid.UUID, list[dict[str, object]]] = {}
+    by_message: dict[uuid.UUID, list[Row]] = {}
     for row in rows:
         by_message.setdefault(row["message_id"], []).append(row)
     return {
@@ -257,7 +257,7 @@ async def read_labels(db: Database, message_ids: Sequence[uuid.UUID]) -> dict[uu
     return {row["id"]: labels_of(row) for row in rows}
 
 
-def labels_of(row: dict[str, object]) -> Labels:
+def labels_of(row: Row) -> Labels:
     """The labels in a row of `messages`."""
     return Labels(
         correlation_id=str(row["correlation_id"]),

@@ -69,9 +69,7 @@ async def change_preference(
     return _preference_of(row)
 
 
-async def read_refusals(
-    db: Database, project_id: int, addresses: Sequence[str]
-) -> dict[str, int]:
+async def read_refusals(db: Database, project_id: int, addresses: Sequence[str]) -> dict[str, int]:
     """The flags that each of these addresses refuses; all of them where it is suppressed."""
     rows = await db.fetch(
         """SELECT a.address, coalesce(p.blocked_flags, 1) AS blocked_flags,

@@ -32,6 +32,4 @@ async def forget_old_requests(db: Database, limit: int = 1000) -> int:
 async def forget_old_rest(db: Database) -> None:
     """Drop what no dedupe_window reaches any more, and sessions that ended a week ago."""
     await db.write("DELETE FROM recent_content WHERE keep_until < clock_timestamp()")
-    await db.write(
-        "DELETE FROM workers WHERE reaped_at < clock_timestamp() - interval '7 days'"
-    )
+    await db.write("DELETE FROM workers WHERE reaped_at < clock_timestamp() - interval '7 days'")

@@ -5,7 +5,6 @@ Numbers become members of the domain's enums by table look-up; asyncpg gives tim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +27,8 @@ RESULT_COLUMNS = """a.provider, a.ended_at, a.outcome, a.cause, a.status_code, a
 LAST_ATTEMPT = "LEFT JOIN attempts a ON a.delivery_id = d.id AND a.number = d.attempt_count"
 """A delivery (alias d) with its last attempt; none while it runs."""
 
-Row = Mapping[str, Any]
+Row = Any
+"""A row of the driver, or anything that answers `row[column]`."""
 
 
 def delivery_of(row: Row, result: Result | None = None) -> Delivery:

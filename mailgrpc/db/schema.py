@@ -44,7 +44,10 @@ async def check_schema(database: Database) -> None:
     found = rows[0][0] if rows else "none"
     if found == wanted:
         return
-    known = {script.revision for script in ScriptDirectory.from_config(_alembic_config()).walk_revisions()}
+    known = {
+        script.revision
+        for script in ScriptDirectory.from_config(_alembic_config()).walk_revisions()
+    }
     if found in known or found == "none":
         raise SchemaError(
             f"the database is at schema {found}, this program needs {wanted}: run `mailgrpc migrate`"

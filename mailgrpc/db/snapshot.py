@@ -52,9 +52,7 @@ async def read_all_page(
     return await _page(db, project_id, wanted, [row.id for row in rows])
 
 
-async def _page(
-    db: Database, project_id: int, wanted: Filter, ids: list[uuid.UUID]
-) -> Page:
+async def _page(db: Database, project_id: int, wanted: Filter, ids: list[uuid.UUID]) -> Page:
     statuses = await read_statuses(db, project_id, ids)
     page = [statuses[i] for i in ids if i in statuses and _means(wanted, statuses[i])]
     return page, ids[-1] if ids else None
@@ -80,5 +78,3 @@ def _means(wanted: Filter, status: MessageStatus) -> bool:
         and (not wanted.states or d.state in wanted.states)
         for d in status.deliveries
     )
-
-

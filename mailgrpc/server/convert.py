@@ -146,9 +146,7 @@ def message_filter(field: str, f: delivery_pb2.MessageFilter) -> Filter:
     for index, found in enumerate(ids):
         if found is None:
             raise InvalidRequest(
-                Violation(
-                    f"{field}.message_ids[{index}]", Reason.OUT_OF_RANGE, "not a message id"
-                )
+                Violation(f"{field}.message_ids[{index}]", Reason.OUT_OF_RANGE, "not a message id")
             )
     states = []
     for index, number in enumerate(f.states):
@@ -191,7 +189,7 @@ def unknown_field(request: Message, prefix: str = "") -> str | None:
 def _walk_unknown(request: Message, prefix: str) -> str | None:
     from google.protobuf.unknown_fields import UnknownFieldSet
 
-    for unknown in UnknownFieldSet(request):
+    for unknown in UnknownFieldSet(request):  # type: ignore[attr-defined]  iterates by index
         return f"{prefix}{unknown.field_number}"
     for field, value in request.ListFields():
         if field.message_type is None or field.message_type.GetOptions().map_entry:
@@ -213,9 +211,7 @@ def _walk_unknown(request: Message, prefix: str) -> str | None:
 def timestamp(value: datetime) -> Timestamp:
     """A point in time, exactly."""
     since = value - _EPOCH
-    return Timestamp(
-        seconds=since.days * 86400 + since.seconds, nanos=since.microseconds * 1000
-    )
+    return Timestamp(seconds=since.days * 86400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def _span(value: timedelta) -> Duration:
@@ -247,9 +243,7 @@ def delivery(d: Delivery) -> delivery_pb2.Delivery:
         attempt_count=d.attempt_count,
         last_result=None if d.last_result is None else _result(d.last_result),
         suppression_reason=int(d.suppression_reason),  # type: ignore[arg-type]
-        duplicate_of_message_id=""
-        if d.duplicate_of is None
-        else to_text(MESSAGE, d.duplicate_of),
+        duplicate_of_message_id="" if d.duplicate_of is None else to_text(MESSAGE, d.duplicate_of),
         possibly_sent=d.possibly_sent,
         version=d.version,
         role=int(d.role),  # type: ignore[arg-type]

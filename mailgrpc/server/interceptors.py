@@ -82,7 +82,7 @@ def error_details(error: RequestError) -> bytes:
         status = _rich_status(error, shown)
         if status.ByteSize() < _DETAILS_BYTES:
             break
-    return status.SerializeToString()
+    return bytes(status.SerializeToString())
 
 
 def _rich_status(error: RequestError, shown: int) -> status_pb2.Status:

@@ -308,9 +308,7 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
         if request.HasField("heartbeat"):
             heartbeat_s = convert.duration("heartbeat", request.heartbeat).total_seconds()
             if not 1 <= heartbeat_s <= 300:
-                raise InvalidRequest(
-                    Violation("heartbeat", Reason.OUT_OF_RANGE, "1 s to 5 min")
-                )
+                raise InvalidRequest(Violation("heartbeat", Reason.OUT_OF_RANGE, "1 s to 5 min"))
         _check_snapshot(request, wanted.filter)
         stream = self._watch.stream(wanted, request.resume_token, request.snapshot, heartbeat_s)
         async for response in stream:

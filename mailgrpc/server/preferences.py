@@ -48,9 +48,7 @@ class Preferences:
         if request.HasField("change"):
             if request.blocked_flags:
                 raise InvalidRequest(
-                    Violation(
-                        "change", Reason.TOO_MANY, "not together with blocked_flags"
-                    )
+                    Violation("change", Reason.TOO_MANY, "not together with blocked_flags")
                 )
             block, unblock = self._change(request.change)
             found = await change_preference(

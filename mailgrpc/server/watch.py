@@ -148,8 +148,10 @@ class Watch:
                 entries, more = await self._feed.read(reader)
                 taken = [e for e in entries if wanted.takes(e) and not _was_shown(shown, e)]
                 for chunk in _chunks(taken):
-                    behind = reader.place if chunk[-1] is taken[-1] else advance_over(
-                        before, entries, chunk[-1]
+                    behind = (
+                        reader.place
+                        if chunk[-1] is taken[-1]
+                        else advance_over(before, entries, chunk[-1])
                     )
                     yield WatchStatusResponse(
                         events=[e.shown for e in chunk],

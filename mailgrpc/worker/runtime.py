@@ -137,5 +137,3 @@ class Worker:
             except Exception:
                 log.exception("listening to the doorbell failed; it goes on")
                 await asyncio.sleep(1)
-
-

@@ -10,7 +10,7 @@ from alembic import context
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from mailgrpc.db.engine import CONNECT_TIMEOUT_S, SCHEMA
+from mailgrpc.db.engine import SCHEMA, Connection, connect
 from mailgrpc.errors import StoreUnavailable
 
 _LOCK = 0x6D67_0000_0000  # any number that no other program takes
@@ -27,18 +27,15 @@ def run(connection: sa.Connection) -> None:
 async def main() -> None:
     url = context.config.attributes["database_url"]
 
-    async def connect() -> asyncpg.Connection:
+    async def open_connection() -> Connection:
         try:
-            return await asyncpg.connect(
-                url,
-                timeout=CONNECT_TIMEOUT_S,
-                target_session_attrs="read-write",
-                server_settings={"search_path": SCHEMA, "application_name": "mailgrpc migrate"},
-            )
+            return await connect(url, command_timeout=None, application_name="mailgrpc migrate")
         except (OSError, TimeoutError, asyncpg.PostgresError) as error:
             raise StoreUnavailable(str(error) or type(error).__name__) from error
 
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    engine = create_async_engine(
+        "postgresql+asyncpg://", async_creator=open_connection, poolclass=NullPool
+    )
     async with engine.begin() as connection:
         await connection.run_sync(run)
     await engine.dispose()

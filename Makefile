@@ -1,0 +1,74 @@
+# Python 3.11+ and make are all that these need; the environment is .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+BUF := tools/buf/node_modules/.bin/buf
+# Bytecode and caches belong to whoever runs it; nothing of the caller's Python leaks in.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo up test check check-proto generate bench lock clean
+
+help: ## Show what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: .venv/embedded ## Send real mails through all of it, show what happens, and exit
+	@$(PY) -m mailgrpc demo
+
+up: .venv/embedded ## Run all of it here until Ctrl-C
+	@$(PY) -m mailgrpc up
+
+test: .venv/dev ## Run the tests, on a real PostgreSQL and Valkey
+	$(PY) -m pytest $(ARGS)
+
+check: .venv/dev check-proto ## Lint, types, layers, contract, generated code
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+check-proto: .venv/dev $(BUF)
+	$(PY) scripts/generate.py --check
+	$(BUF) lint
+	$(BUF) format -d --exit-code
+	$(BUF) breaking --against . --against-config proto/released/buf.yaml
+
+generate: .venv/dev ## Generate the stubs from proto/
+	$(PY) scripts/generate.py
+
+bench: .venv/dev ## Measure what it costs, against limits (ROW=enqueue for one row)
+	$(PY) -m bench $(ROW)
+
+lock: ## Pin the dependencies anew (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+	    pyproject.toml --all-extras --group dev -o requirements/dev.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+	    pyproject.toml --extra embedded --group build -c requirements/dev.txt \
+	    -o requirements/embedded.txt
+
+clean: ## Remove the environment and the local data
+	rm -rf .venv .mailgrpc
+
+# What runs; `dev` is a superset, so whoever has it needs no second look.
+.venv/embedded: requirements/embedded.txt pyproject.toml | .venv/bin/python
+	@test -e .venv/dev || $(MAKE) --no-print-directory install LOCK=requirements/embedded.txt
+	@touch $@
+
+.venv/dev: requirements/dev.txt pyproject.toml | .venv/bin/python
+	@$(MAKE) --no-print-directory install LOCK=requirements/dev.txt
+	@touch $@
+
+.PHONY: install
+install:
+	@echo "installing $(LOCK) into .venv"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "mailgrpc needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	    { rm -rf .venv; echo "python's venv module is missing (Debian: python3-venv)"; exit 1; }
+
+$(BUF): tools/buf/package-lock.json
+	@command -v npm >/dev/null || { echo "make check needs npm, for buf"; exit 1; }
+	npm ci --silent --no-audit --no-fund --prefix tools/buf
+	@touch $@
