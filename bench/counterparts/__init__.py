@@ -1,0 +1,1 @@
+"""What the rows are measured against. Frozen: a change here makes old results void."""
