@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 
@@ -13,7 +14,6 @@ from google.protobuf.message_factory import GetMessageClass
 
 from mailgrpc.cli.output import Output
 from mailgrpc.cli.session import Session, pass_session
-from mailgrpc.client.endpoint import Endpoint
 from mailgrpc.client.transport import BlockingTransport, Silence, Stream, run_blocking
 from mailgrpc.v1 import mail_service_pb2
 
@@ -26,7 +26,7 @@ SERVICE = mail_service_pb2.DESCRIPTOR.services_by_name["MailService"]
 @click.option("--describe", is_flag=True, help="Print the fields of the request instead.")
 @pass_session
 def call(session: Session, method: str | None, body: str, describe: bool) -> None:
-    """Call any method with JSON.
+    r"""Call any method with JSON.
 
     JSON is the request as ProtoJSON, `-` reads it from stdin. Answers are ProtoJSON, one object a
     line, also those of a stream, until Ctrl-C. It is one plain call: nothing is filled in and
@@ -50,10 +50,7 @@ def call(session: Session, method: str | None, body: str, describe: bool) -> Non
 
 
 def _call(session: Session, method: MethodDescriptor, request: Message, output: Output) -> None:
-    settings = session.settings
-    transport = BlockingTransport(
-        Endpoint(target=settings.target, api_key=settings.api_key, ca_file=settings.ca_file)
-    )
+    transport = BlockingTransport(session.endpoint())
     try:
         if not method.server_streaming:
             timeout_s = session.policy().timeout_s
@@ -79,8 +76,6 @@ def _read(stream: Stream) -> Iterator[Message]:
 
 
 def _parse(method: MethodDescriptor, text: str) -> Message:
-    import json
-
     try:
         return ParseDict(json.loads(text), GetMessageClass(method.input_type)())
     except (ParseError, ValueError) as error:

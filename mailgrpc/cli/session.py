@@ -12,6 +12,7 @@ from mailgrpc.errors import MailgrpcError
 
 if TYPE_CHECKING:
     from mailgrpc.client import CallPolicy, MailClient, MailError
+    from mailgrpc.client.endpoint import Endpoint
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -49,6 +50,15 @@ class Session:
 
         return MailClient.from_settings(
             self.settings, policy=self.policy(), on_retry=self._complain
+        )
+
+    def endpoint(self) -> Endpoint:
+        """Where the settings say that the server is."""
+        from mailgrpc.client.endpoint import Endpoint
+
+        settings = self.settings
+        return Endpoint(
+            target=settings.target, api_key=settings.api_key, ca_file=settings.ca_file
         )
 
     def explain(self, error: MailgrpcError) -> str:

@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from mailgrpc.client.endpoint import OPTIONS, Endpoint
+from mailgrpc.client.endpoint import Endpoint
 from mailgrpc.client.errors import error_from_call
 from mailgrpc.v1.mail_service_pb2_grpc import MailServiceStub
 
@@ -95,14 +95,8 @@ class AioTransport:
     def _method(self, name: str) -> Any:
         loop = asyncio.get_running_loop()
         if self._channel is None:
-            credentials = self._endpoint.credentials()
-            target = self._endpoint.target
             self._loop = loop
-            self._channel = (
-                grpc.aio.insecure_channel(target, options=OPTIONS)
-                if credentials is None
-                else grpc.aio.secure_channel(target, credentials, options=OPTIONS)
-            )
+            self._channel = self._endpoint.aio_channel()
         elif self._loop is not loop:
             raise RuntimeError("this AsyncMailClient belongs to another event loop")
         return getattr(MailServiceStub(self._channel), name)
@@ -177,16 +171,10 @@ class BlockingTransport:
             # A channel does not survive a fork: its threads and its place in the connection are
             # the parent's. The parent's is left alone here, not closed.
             if self._stub is None or self._pid != os.getpid():
-                self._channel = self._connect()
+                self._channel = self._endpoint.channel()
                 self._stub = MailServiceStub(self._channel)
                 self._pid = os.getpid()
             return getattr(self._stub, name)
-
-    def _connect(self) -> grpc.Channel:
-        credentials = self._endpoint.credentials()
-        if credentials is None:
-            return grpc.insecure_channel(self._endpoint.target, options=OPTIONS)
-        return grpc.secure_channel(self._endpoint.target, credentials, options=OPTIONS)
 
 
 class _BlockingStream:

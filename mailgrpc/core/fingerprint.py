@@ -1,4 +1,4 @@
-"""Which requests are the same: SHA-256 over a canonical form of the checked submission.
+r"""Which requests are the same: SHA-256 over a canonical form of the checked submission.
 
 A request_id that comes a second time must come with the same request. What "the same" means is
 written down here, precisely enough to be written again in another language, and never depends on
@@ -9,16 +9,17 @@ Rule 1. The canonical form is one JSON text (RFC 8259) in UTF-8:
 
   - no white space between tokens; the members of every object in ascending order of their names,
     compared by code points; lists in the caller's order;
-  - in strings `"` and `\\` are escaped by a backslash; U+0008, U+0009, U+000A, U+000C and U+000D are
-    `\\b`, `\\t`, `\\n`, `\\f` and `\\r`; other characters below U+0020 are `\\u00xx` in lower case;
+  - in strings `"` and `\` are escaped by a backslash; U+0008, U+0009, U+000A, U+000C and U+000D are
+    `\b`, `\t`, `\n`, `\f` and `\r`; other characters below U+0020 are `\u00xx` in lower case;
     everything else stands for itself;
   - numbers are integers. A time is the count of microseconds since 1970-01-01T00:00:00Z, a duration
     its microseconds, both without what is less. A double is a string: the 16 digits, in lower case,
     of its IEEE 754 binary64 form, big-endian;
   - what was left out is not there: no member for an empty string, an empty list or map, a number
     that is 0, a message that is unset. But an empty message that is set is `{}` (only `retry` can
-    be: options that say nothing count as left out). A default that is spelled out is there, and
-    thus differs from the same default left out.
+    be: options that say nothing count as left out), and every pair of `custom_args` is there, even
+    with an empty value. A default that is spelled out is there, and thus differs from the same
+    default left out. Enums are their numbers.
 
 The object has the members `message` and `options`, whose members have the names of the contract,
 with these differences: `request_id` and `validate_only` are not part of it; addresses are normalised
@@ -28,7 +29,7 @@ file, and its `content_type` always, as given or else as guessed.
 
 For example, a mail from Ops <ops@example.org> to ann@EXAMPLE.com, with SEND_ONCE, is
 
-    {"message":{"sender":{"address":"ops@example.org","name":"Ops"},"subject":"Grüße","text":"Hi\\n",
+    {"message":{"sender":{"address":"ops@example.org","name":"Ops"},"subject":"Grüße","text":"Hi\n",
     "to":[{"address":"ann@example.com"}]},"options":{"mode":2}}
 
 on one line, without the break after the first; its fingerprint is, in hexadecimal,

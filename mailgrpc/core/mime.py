@@ -143,7 +143,7 @@ def _text_field(name: str, text: str) -> str:
             words = text.split(" ")
             if len(name) + len(max(words, key=len)) < _LONGEST_TOKEN:
                 return _folded(name, words)
-    return _folded(name, _encoded_words(text))
+    return _folded(name, _encoded_words(text, FOLD_AT - len(name) - 2))
 
 
 def _is_plain(text: str) -> bool:
@@ -159,7 +159,7 @@ def _is_plain(text: str) -> bool:
 def _address_field(name: str, mailboxes: Sequence[Mailbox | Recipient]) -> str:
     tokens: list[str] = []
     for mailbox in mailboxes:
-        tokens += _mailbox_tokens(name, mailbox.name, mailbox.address)
+        tokens += _mailbox_tokens(name, mailbox.name.strip(" "), mailbox.address)
         tokens[-1] += ","
     tokens[-1] = tokens[-1][:-1]
     return _folded(name, tokens)
@@ -178,19 +178,22 @@ def _mailbox_tokens(field: str, name: str, address: str) -> list[str]:
             return [name, f"<{address}>"]
         escaped = name.replace("\\", "\\\\").replace('"', '\\"')
         return [f'"{escaped}"', f"<{address}>"]
-    return [*_encoded_words(name), f"<{address}>"]
+    return [*_encoded_words(name, FOLD_AT - len(field) - 2), f"<{address}>"]
 
 
-def _encoded_words(text: str) -> list[str]:
+def _encoded_words(text: str, room: int) -> list[str]:
     """RFC 2047 encoded words of at most 75 characters, none of which splits a character.
 
-    Always base64: it needs no exceptions for words within a phrase (RFC 2047, 5 (3)).
+    Always base64: it needs no exceptions for words within a phrase (RFC 2047, 5 (3)). The first
+    has at most `room` characters where that is not too few for any.
     """
     words = []
     data = text.encode()
     start = 0
+    octets = max(9, min(45, (room - len("=?utf-8?b??=")) // 4 * 3))
     while start < len(data):
-        end = min(start + 45, len(data))
+        end = min(start + octets, len(data))
+        octets = 45
         while end < len(data) and data[end] & 0xC0 == 0x80:
             end -= 1
         words.append(f"=?utf-8?b?{b2a_base64(data[start:end], newline=False).decode()}?=")
@@ -199,11 +202,14 @@ def _encoded_words(text: str) -> list[str]:
 
 
 def _folded(name: str, tokens: Iterable[str]) -> str:
-    """The field with its tokens a blank apart, a line break before a blank where it gets long."""
+    """The field with its tokens a blank apart, a line break before a blank where it gets long.
+
+    Never before the first: some parsers, Python's among them, take that blank for content.
+    """
     parts = [name, ":"]
     column = len(name) + 1
-    for token in tokens:
-        if column + 1 + len(token) > FOLD_AT:
+    for index, token in enumerate(tokens):
+        if index and column + 1 + len(token) > FOLD_AT:
             parts.append("\r\n")
             column = 0
         parts.append(" ")
@@ -272,8 +278,14 @@ def _text_part(subtype: str, text: str) -> list[bytes]:
     data = text.encode()
     escapes = len(data.translate(None, _QP_AS_IS))
     if escapes * 6 < len(data):  # three octets for one, against four for three
-        return [_TEXT_HEADS[subtype, "utf-8", "quoted-printable"], b2a_qp(data)]
+        return [_TEXT_HEADS[subtype, "utf-8", "quoted-printable"], _quoted_printable(data)]
     return [_TEXT_HEADS[subtype, "utf-8", "base64"], _base64_lines(data)]
+
+
+def _quoted_printable(data: bytes) -> bytes:
+    encoded = b2a_qp(data)
+    # It ends lines as the first line of the data ends, and with LF where there is but one.
+    return encoded if b"\r\n" in data else encoded.replace(b"\n", b"\r\n")
 
 
 def _has_short_lines(text: str) -> bool:

@@ -2,8 +2,8 @@
 
 This is the door. Behind it everything relies on what is promised here: addresses are normalised,
 nothing that ends up in a header holds a line break, and every length has a bound. The limits are
-those of the contract. All that is wrong is told at once, each with its field; since a list that is
-too long is only looked at up to its limit, so is the number of violations bounded, to some hundreds.
+those of the contract. All that is wrong is told at once, each with its field. A list that is too
+long is only looked at up to its limit, which bounds the violations to about a thousand.
 
 What other nouns know is checked by them: `address`, `header`, `attachment`, `options`, `text`.
 """

@@ -76,16 +76,14 @@ class CaptureProvider:
         url.finish()
         return cls(latency_s=latency_s, keep=keep)
 
-    def check(self, message: MailMessage) -> list[Violation]:
+    def check(self, message: MailMessage) -> list[Violation]:  # noqa: ARG002  as Provider
         """Whatever passes the door can be captured."""
         return []
 
     async def send(self, call: SendCall) -> list[Result]:
         """Build the mail, look, keep it. See the module for who is not accepted."""
         try:
-            raw = render(
-                call.message, rfc_message_id=call.rfc_message_id, date=call.created_at
-            )
+            raw = render(call.message, rfc_message_id=call.rfc_message_id, date=call.created_at)
         except ValueError as error:
             return everyone(call, Result(Outcome.REJECTED, Cause.CONTENT, text=str(error)))
         if self._latency_s:

@@ -37,8 +37,6 @@ def open_channels(
 ) -> dict[str, Provider]:
     """The providers of all configured channels, by name. Raises SettingsError."""
     return {
-        name: open_channel(
-            name, url, concurrency=concurrency, attempt_timeout_s=attempt_timeout_s
-        )
+        name: open_channel(name, url, concurrency=concurrency, attempt_timeout_s=attempt_timeout_s)
         for name, url in urls.items()
     }

@@ -227,7 +227,7 @@ class _Gate:
         self._last_look = call.last_look
         self.has_begun = False
 
-    async def trace(self, event: str, info: dict[str, Any]) -> None:
+    async def trace(self, event: str, info: dict[str, Any]) -> None:  # noqa: ARG002  httpcore's
         """Called by httpcore at each step; what it raises ends the request."""
         if event == "http11.send_request_headers.started":
             if not self._last_look():

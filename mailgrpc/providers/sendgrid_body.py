@@ -31,7 +31,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sendgrid.helpers.mail import (  # type: ignore[import-untyped]
+from sendgrid.helpers.mail import (
     Attachment,
     Category,
     Content,
@@ -45,7 +45,7 @@ from sendgrid.helpers.mail import (  # type: ignore[import-untyped]
     Subject,
     To,
 )
-from sendgrid.helpers.mail.exceptions import (  # type: ignore[import-untyped]
+from sendgrid.helpers.mail.exceptions import (
     ApiKeyIncludedException,
 )
 
@@ -223,9 +223,7 @@ def _personalization(addressee: Addressee) -> Any:
 def _add_custom_args(mail: Any, call: SendCall) -> None:
     for key, value in call.message.custom_args.items():
         mail.add_custom_arg(CustomArg(key, value))
-    mail.add_custom_arg(
-        CustomArg("mailgrpc_message_id", ids.to_text(ids.MESSAGE, call.message_id))
-    )
+    mail.add_custom_arg(CustomArg("mailgrpc_message_id", ids.to_text(ids.MESSAGE, call.message_id)))
     mail.add_custom_arg(CustomArg("mailgrpc_call_id", ids.to_text(ids.CALL, call.call_id)))
 
 

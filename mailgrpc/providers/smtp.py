@@ -80,9 +80,7 @@ class SmtpProvider:
         self._attempt_timeout_s = attempt_timeout_s
 
     @classmethod
-    def from_url(
-        cls, url: ChannelUrl, concurrency: int, attempt_timeout_s: float
-    ) -> SmtpProvider:
+    def from_url(cls, url: ChannelUrl, concurrency: int, attempt_timeout_s: float) -> SmtpProvider:
         """The provider for an smtp:// or smtps:// URL. Raises SettingsError."""
         if not url.host:
             raise url.fault(f"{url.scheme}:// needs a host")
@@ -97,14 +95,12 @@ class SmtpProvider:
             ca_file=url.parameter("ca_file", existing_file, None),
             helo=url.parameter("helo", _host_name, ""),
             timeout_s=url.parameter("timeout", seconds, DEFAULT_TIMEOUT_S),
-            connect_timeout_s=url.parameter(
-                "connect_timeout", seconds, DEFAULT_CONNECT_TIMEOUT_S
-            ),
+            connect_timeout_s=url.parameter("connect_timeout", seconds, DEFAULT_CONNECT_TIMEOUT_S),
         )
         url.finish()
         return cls(server, concurrency=concurrency, attempt_timeout_s=attempt_timeout_s)
 
-    def check(self, message: MailMessage) -> list[Violation]:
+    def check(self, message: MailMessage) -> list[Violation]:  # noqa: ARG002  as Provider
         """Nothing: what a server cannot carry is known when it has greeted."""
         return []
 
@@ -112,9 +108,7 @@ class SmtpProvider:
         """One transaction. See the module for what each failure becomes."""
         deadline = asyncio.get_running_loop().time() + self._attempt_timeout_s
         try:
-            content = render(
-                call.message, rfc_message_id=call.rfc_message_id, date=call.created_at
-            )
+            content = render(call.message, rfc_message_id=call.rfc_message_id, date=call.created_at)
             envelope = _envelope(call)
         except ValueError as error:
             return everyone(call, Result(Outcome.REJECTED, Cause.CONTENT, text=str(error)))
@@ -170,9 +164,7 @@ def _envelope(call: SendCall) -> Envelope:
     """Who sends to whom; ValueError where that cannot be said in SMTP."""
     if call.message.sender is None:
         raise ValueError("a mail needs a sender")
-    return Envelope(
-        call.message.sender.address, [a.recipient.address for a in call.addressees]
-    )
+    return Envelope(call.message.sender.address, [a.recipient.address for a in call.addressees])
 
 
 async def _transact(
@@ -207,8 +199,7 @@ def _refusals(wire: SmtpWire, call: SendCall, size: int) -> list[Result | None]:
     if needs_smtputf8(call.message):
         return [refusal] * len(call.addressees)
     return [
-        None if addressee.recipient.address.isascii() else refusal
-        for addressee in call.addressees
+        None if addressee.recipient.address.isascii() else refusal for addressee in call.addressees
     ]
 
 

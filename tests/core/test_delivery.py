@@ -99,9 +99,7 @@ def _deliveries(states: st.SearchStrategy[State] = _SENDING) -> st.SearchStrateg
 
 
 @given(_deliveries(), _RESULTS, _POLICIES)
-@example(
-    a_delivery(), Result(Outcome.DEFERRED, retry_after=timedelta.max), DEFAULT_POLICY
-)
+@example(a_delivery(), Result(Outcome.DEFERRED, retry_after=timedelta.max), DEFAULT_POLICY)
 def test_an_attempt_leads_only_where_the_table_says(
     delivery: Delivery, result: Result, policy: RetryPolicy
 ) -> None:
@@ -149,9 +147,7 @@ def test_accepted_is_sent_and_rejected_has_failed_whatever_the_mode(
 
 
 @given(_deliveries(), _POLICIES)
-def test_send_once_is_unknown_when_the_outcome_is(
-    delivery: Delivery, policy: RetryPolicy
-) -> None:
+def test_send_once_is_unknown_when_the_outcome_is(delivery: Delivery, policy: RetryPolicy) -> None:
     """At most once: never tried again by itself, so never sent twice."""
     step = next_step(delivery, Result(Outcome.UNKNOWN), NOW, policy, RNG)
     if delivery.mode is Mode.SEND_ONCE or delivery.forced:
@@ -303,9 +299,7 @@ def test_why_resend_is_refused(state: State, reason: Reason | None) -> None:
 
 
 def test_a_duplicate_is_resent_only_with_the_risk_accepted() -> None:
-    delivery = a_delivery(
-        State.SUPPRESSED, suppression_reason=SuppressionReason.DUPLICATE
-    )
+    delivery = a_delivery(State.SUPPRESSED, suppression_reason=SuppressionReason.DUPLICATE)
     assert resend_refusal(delivery, accept_duplicate_risk=False) is Reason.DUPLICATE_RISK
     assert resend_refusal(delivery, accept_duplicate_risk=True) is None
 

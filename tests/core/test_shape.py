@@ -46,9 +46,11 @@ def found_in(submission: Submission) -> list[tuple[str, Reason]]:
     try:
         checked_submission(submission)
     except InvalidRequest as error:
-        assert all(v.description and v.description.isprintable() for v in error.violations)
-        return [(v.field, v.reason) for v in error.violations]
-    return []
+        violations = error.violations
+    else:
+        return []
+    assert all(v.description and v.description.isprintable() for v in violations)
+    return [(v.field, v.reason) for v in violations]
 
 
 def with_message(**changes: Any) -> Submission:
@@ -419,7 +421,8 @@ def texts_of_one_line(text: str) -> Iterable[tuple[str, Submission]]:
 
 
 @pytest.mark.parametrize(
-    "character", ["\0", "\t", "\n", "\r", "\x1f", "\x7f", "\x80", "\x85", "\x9f", "\u2028", "\u2029"]
+    "character",
+    ["\0", "\t", "\n", "\r", "\x1f", "\x7f", "\x80", "\x85", "\x9f", "\u2028", "\u2029"],
 )
 def test_control_characters_are_refused_wherever_a_text_has_one_line(character: str) -> None:
     for field, submission in texts_of_one_line(f"a{character}Bcc: eve@example.com"):
@@ -450,9 +453,26 @@ def test_a_name_or_filename_cannot_turn_the_direction_of_writing(character: str)
 @pytest.mark.parametrize(
     "name",
     [
-        *"From Sender To Cc Bcc Reply-To Subject Date Message-ID MIME-Version".split(),
-        *"Content-Type content-transfer-encoding CONTENT-ID Return-Path Received".split(),
-        *"Resent-From Delivered-To DKIM-Signature ARC-Seal Authentication-Results".split(),
+        "From",
+        "Sender",
+        "To",
+        "Cc",
+        "Bcc",
+        "Reply-To",
+        "Subject",
+        "Date",
+        "Message-ID",
+        "MIME-Version",
+        "Content-Type",
+        "content-transfer-encoding",
+        "CONTENT-ID",
+        "Return-Path",
+        "Received",
+        "Resent-From",
+        "Delivered-To",
+        "DKIM-Signature",
+        "ARC-Seal",
+        "Authentication-Results",
         "X-Mailgrpc-Id",
     ],
 )
@@ -574,7 +594,7 @@ def test_however_much_is_wrong_the_answer_stays_small() -> None:
         custom_args={f"{bad}{n}": bad for n in range(count)},
     )
     found = found_in(Submission(message))
-    assert len(found) < 1000
+    assert len(found) < 1200
     assert max(len(field) for field, _ in found) < 500
 
 
@@ -635,9 +655,7 @@ def test_what_time_and_settings_allow(submission: Submission) -> None:
         ),
     ],
 )
-def test_what_time_and_settings_refuse(
-    submission: Submission, field: str, reason: Reason
-) -> None:
+def test_what_time_and_settings_refuse(submission: Submission, field: str, reason: Reason) -> None:
     assert found_in(submission) == []
     assert admissible(submission) == [(field, reason)]
 

@@ -34,7 +34,9 @@ class Received:
 
 
 class Rig(Protocol):
-    provider: Provider
+    @property
+    def provider(self) -> Provider: ...
+
     refused: str
     later: str
     silent: str

@@ -13,6 +13,7 @@ import base64
 import re
 import ssl
 from dataclasses import dataclass, field
+from typing import Self
 
 DROP = "drop"
 STALL = "stall"
@@ -50,7 +51,7 @@ class SmtpPeer:
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def __aenter__(self) -> SmtpPeer:
+    async def __aenter__(self) -> Self:
         context = self.tls if self.implicit_tls else None
         self._server = await asyncio.start_server(
             self._serve, "127.0.0.1", self.port, ssl=context, limit=1 << 24

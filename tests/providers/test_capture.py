@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from mailgrpc.core.delivery import Outcome
 from mailgrpc.core.mime import render
 from mailgrpc.providers.capture import CaptureProvider
 
 from .calls import call_to
-
-pytestmark = pytest.mark.asyncio
 
 
 async def test_the_outbox_holds_the_mail_as_it_would_leave() -> None:

@@ -79,7 +79,6 @@ def fates(results: list[Result]) -> list[tuple[Outcome, Cause]]:
         ("DOT", "hello there", (Outcome.UNKNOWN, Cause.PROVIDER)),
     ],
 )
-@pytest.mark.asyncio
 async def test_a_failure_at_each_command(
     pipelining: bool, command: str, reply: str, expected: tuple[Outcome, Cause]
 ) -> None:
@@ -92,7 +91,6 @@ async def test_a_failure_at_each_command(
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
-@pytest.mark.asyncio
 async def test_recipients_are_classed_alone_and_the_others_get_the_mail(pipelining: bool) -> None:
     script: dict[str, str | list[str]] = {
         f"RCPT {ANN}": "550 5.1.1 unknown",
@@ -110,7 +108,6 @@ async def test_recipients_are_classed_alone_and_the_others_get_the_mail(pipelini
     assert [t.recipients for t in peer.taken] == [[BOB]]
 
 
-@pytest.mark.asyncio
 async def test_data_accepted_without_a_recipient_never_delivers_an_empty_mail() -> None:
     peer = SmtpPeer(script={"RCPT": "550 5.1.1 unknown", "DATA": "354 go on"})
     results = await send_one(peer, ANN, BOB)
@@ -118,7 +115,6 @@ async def test_data_accepted_without_a_recipient_never_delivers_an_empty_mail() 
     assert peer.taken == []
 
 
-@pytest.mark.asyncio
 async def test_stepwise_no_data_is_said_when_all_are_refused() -> None:
     peer = SmtpPeer(pipelining=False, script={"RCPT": "550 5.1.1 unknown"})
     await send_one(peer, ANN, BOB)
@@ -126,7 +122,6 @@ async def test_stepwise_no_data_is_said_when_all_are_refused() -> None:
     assert "RSET" in peer.commands
 
 
-@pytest.mark.asyncio
 async def test_421_in_the_middle_spares_the_verdicts_that_stand() -> None:
     script: dict[str, str | list[str]] = {
         f"RCPT {ANN}": "550 5.1.1 unknown",
@@ -140,7 +135,6 @@ async def test_421_in_the_middle_spares_the_verdicts_that_stand() -> None:
     ]
 
 
-@pytest.mark.asyncio
 async def test_a_refusal_while_the_content_is_written_is_proof() -> None:
     peer = SmtpPeer(early="552 5.3.4 too big")
     mail = message(ANN, attachments=(Attachment("big.bin", BIG, "application/octet-stream"),))
@@ -149,7 +143,6 @@ async def test_a_refusal_while_the_content_is_written_is_proof() -> None:
     assert peer.taken == []
 
 
-@pytest.mark.asyncio
 async def test_a_large_mail_is_looked_at_when_only_its_end_is_left() -> None:
     peer = SmtpPeer()
     mail = message(ANN, attachments=(Attachment("big.bin", BIG, "application/octet-stream"),))
@@ -164,7 +157,6 @@ async def test_a_large_mail_is_looked_at_when_only_its_end_is_left() -> None:
     assert peer.taken[0].content == raw
 
 
-@pytest.mark.asyncio
 async def test_a_worker_that_lost_its_lease_keeps_the_verdicts_that_stand() -> None:
     peer = SmtpPeer()
     async with peer, provider_for(peer) as provider:
@@ -176,7 +168,6 @@ async def test_a_worker_that_lost_its_lease_keeps_the_verdicts_that_stand() -> N
     assert peer.taken == []
 
 
-@pytest.mark.asyncio
 async def test_dots_at_the_beginning_of_lines_arrive_as_written() -> None:
     peer = SmtpPeer()
     text = ".\n..\n.hidden\nend.\n.\n"
@@ -186,7 +177,6 @@ async def test_dots_at_the_beginning_of_lines_arrive_as_written() -> None:
     assert received.get_content().replace("\r\n", "\n") == text
 
 
-@pytest.mark.asyncio
 async def test_a_reply_of_many_lines_is_one_reply() -> None:
     peer = SmtpPeer(script={"DOT": "250-2.0.0 thank you\r\n250-2.0.0 so much\r\n250 2.0.0 bye"})
     [result] = await send_one(peer)
@@ -195,7 +185,6 @@ async def test_a_reply_of_many_lines_is_one_reply() -> None:
 
 
 @pytest.mark.parametrize("endless", ["x" * 100_000, "250-more\r\n" * 20_000])
-@pytest.mark.asyncio
 async def test_a_reply_without_end_is_cut_off(endless: str) -> None:
     assert fates(await send_one(SmtpPeer(script={"MAIL": endless}))) == [
         (Outcome.DEFERRED, Cause.PROVIDER)
@@ -205,34 +194,30 @@ async def test_a_reply_without_end_is_cut_off(endless: str) -> None:
 # What EHLO rules out
 
 
-@pytest.mark.asyncio
 async def test_a_mail_above_the_announced_size_is_not_sent() -> None:
     peer = SmtpPeer(size=200)
     assert fates(await send_one(peer)) == [(Outcome.REJECTED, Cause.TOO_LARGE)]
     assert not any(command.startswith("MAIL") for command in peer.commands)
 
 
-@pytest.mark.asyncio
 async def test_the_size_is_announced_where_the_server_asks_for_it() -> None:
     peer = SmtpPeer(size=0)
     await send_one(peer)
     assert peer.taken[0].parameters == f"SIZE={len(peer.taken[0].content)}"
 
 
-@pytest.mark.asyncio
 async def test_non_ascii_addresses_need_smtputf8() -> None:
     mail = message("jürgen@example.org", ANN)
     async with SmtpPeer(smtputf8=False) as peer, provider_for(peer) as provider:
-        assert fates(await provider.send(call_of(mail))) == [
-            (Outcome.REJECTED, Cause.BAD_ADDRESS)
-        ] * 2
+        assert (
+            fates(await provider.send(call_of(mail))) == [(Outcome.REJECTED, Cause.BAD_ADDRESS)] * 2
+        )
     async with SmtpPeer() as peer, provider_for(peer) as provider:
         assert {r.outcome for r in await provider.send(call_of(mail))} == {Outcome.ACCEPTED}
     assert "SMTPUTF8" in peer.taken[0].parameters
     assert peer.taken[0].recipients == ["jürgen@example.org", ANN]
 
 
-@pytest.mark.asyncio
 async def test_a_non_ascii_bcc_is_refused_alone() -> None:
     mail = message(recipients=(Recipient(ANN), Recipient("jürgen@example.org", role=Role.BCC)))
     async with SmtpPeer(smtputf8=False) as peer, provider_for(peer) as provider:
@@ -243,20 +228,16 @@ async def test_a_non_ascii_bcc_is_refused_alone() -> None:
 
 
 @pytest.mark.parametrize("address", ["a@b.org\r\nDATA", "a@b.org> NOTIFY=NEVER", "a b@c.org"])
-@pytest.mark.asyncio
 async def test_an_address_cannot_bring_commands_of_its_own(address: str) -> None:
     mail = message(recipients=(Recipient(ANN), Recipient(address, role=Role.BCC)))
     async with SmtpPeer() as peer, provider_for(peer) as provider:
-        assert fates(await provider.send(call_of(mail))) == [
-            (Outcome.REJECTED, Cause.CONTENT)
-        ] * 2
+        assert fates(await provider.send(call_of(mail))) == [(Outcome.REJECTED, Cause.CONTENT)] * 2
     assert peer.commands == []
 
 
 # Connecting
 
 
-@pytest.mark.asyncio
 async def test_a_connection_is_reused() -> None:
     async with SmtpPeer() as peer, provider_for(peer) as provider:
         for _ in range(5):
@@ -266,7 +247,6 @@ async def test_a_connection_is_reused() -> None:
     assert peer.commands[-1] == "QUIT"
 
 
-@pytest.mark.asyncio
 async def test_a_connection_closed_while_idle_is_replaced_unseen() -> None:
     async with SmtpPeer() as peer, provider_for(peer) as provider:
         await provider.send(call_to(ANN))
@@ -276,7 +256,6 @@ async def test_a_connection_closed_while_idle_is_replaced_unseen() -> None:
 
 
 @pytest.mark.parametrize("reply", [DROP, "421 4.4.2 idle for too long"])
-@pytest.mark.asyncio
 async def test_a_reused_connection_found_dead_at_mail_is_replaced_once(reply: str) -> None:
     async with SmtpPeer() as peer, provider_for(peer) as provider:
         await provider.send(call_to(ANN))
@@ -289,7 +268,6 @@ async def test_a_reused_connection_found_dead_at_mail_is_replaced_once(reply: st
     assert [t.recipients for t in peer.taken] == [[ANN], [BOB]]
 
 
-@pytest.mark.asyncio
 async def test_a_connection_serves_so_many_mails_and_no_more() -> None:
     async with SmtpPeer() as peer, provider_for(peer, max_mails=2) as provider:
         for _ in range(5):
@@ -297,7 +275,6 @@ async def test_a_connection_serves_so_many_mails_and_no_more() -> None:
     assert peer.connections == 3
 
 
-@pytest.mark.asyncio
 async def test_idle_connections_are_closed_with_quit() -> None:
     async with SmtpPeer() as peer, provider_for(peer, idle_s=0.05) as provider:
         await provider.send(call_to(ANN))
@@ -308,14 +285,12 @@ async def test_idle_connections_are_closed_with_quit() -> None:
     assert peer.commands[-1] == "QUIT"
 
 
-@pytest.mark.asyncio
 async def test_no_more_connections_than_asked_for() -> None:
     async with SmtpPeer() as peer, provider_for(peer, concurrency=3) as provider:
         await asyncio.gather(*(provider.send(call_to(ANN)) for _ in range(30)))
     assert peer.connections == 3
 
 
-@pytest.mark.asyncio
 async def test_the_whole_attempt_is_bounded_and_waiting_for_a_connection_counts() -> None:
     peer = SmtpPeer(script={"DOT": STALL})
     async with peer, provider_for(peer, concurrency=1, timeout_s=60.0) as provider:
@@ -340,20 +315,17 @@ async def test_the_whole_attempt_is_bounded_and_waiting_for_a_connection_counts(
         ("EHLO", STALL, Cause.TIMEOUT),
     ],
 )
-@pytest.mark.asyncio
 async def test_a_failed_handshake_defers(step: str, reply: str, cause: Cause) -> None:
     peer = SmtpPeer(script={step: reply})
     results = await send_one(peer, ANN, BOB, connect_timeout_s=0.25)
     assert fates(results) == [(Outcome.DEFERRED, cause)] * 2
 
 
-@pytest.mark.asyncio
 async def test_a_host_that_does_not_resolve_defers() -> None:
     async with SmtpPeer() as peer, provider_for(peer, host="no-such-host.invalid") as provider:
         assert fates(await provider.send(call_to(ANN))) == [(Outcome.DEFERRED, Cause.DNS)]
 
 
-@pytest.mark.asyncio
 async def test_a_log_in() -> None:
     peer = SmtpPeer(login=("shop", "pass%word"))
     results = await send_one(peer, user="shop", password="pass%word")
@@ -361,7 +333,6 @@ async def test_a_log_in() -> None:
     assert peer.taken[0].user == "shop"
 
 
-@pytest.mark.asyncio
 async def test_wrong_credentials_defer_and_never_reject() -> None:
     peer = SmtpPeer(login=("shop", "right"))
     results = await send_one(peer, user="shop", password="wrong")
@@ -369,14 +340,12 @@ async def test_wrong_credentials_defer_and_never_reject() -> None:
     assert results[0].status_code == 535
 
 
-@pytest.mark.asyncio
 async def test_missing_credentials_defer_and_never_reject() -> None:
     assert fates(await send_one(SmtpPeer(login=("shop", "right")))) == [
         (Outcome.DEFERRED, Cause.CREDENTIALS)
     ]
 
 
-@pytest.mark.asyncio
 async def test_a_server_without_log_in_defers() -> None:
     assert fates(await send_one(SmtpPeer(), user="shop", password="x")) == [
         (Outcome.DEFERRED, Cause.CREDENTIALS)
@@ -386,7 +355,6 @@ async def test_a_server_without_log_in_defers() -> None:
 # TLS
 
 
-@pytest.mark.asyncio
 async def test_starttls(server_tls: ssl.SSLContext, certificate: Path) -> None:
     peer = SmtpPeer(tls=server_tls)
     results = await send_one(peer, tls="starttls", ca_file=certificate, timeout_s=3.0)
@@ -394,7 +362,6 @@ async def test_starttls(server_tls: ssl.SSLContext, certificate: Path) -> None:
     assert peer.taken[0].encrypted
 
 
-@pytest.mark.asyncio
 async def test_tls_from_the_first_byte_and_a_large_mail(
     server_tls: ssl.SSLContext, certificate: Path
 ) -> None:
@@ -412,7 +379,6 @@ async def test_tls_from_the_first_byte_and_a_large_mail(
     assert peer.taken[1].content == raw
 
 
-@pytest.mark.asyncio
 async def test_starttls_required_but_not_offered_sends_nothing() -> None:
     peer = SmtpPeer(login=("shop", "secret"))
     results = await send_one(peer, tls="starttls", user="shop", password="secret")
@@ -421,7 +387,6 @@ async def test_starttls_required_but_not_offered_sends_nothing() -> None:
 
 
 @pytest.mark.parametrize("tls", ["starttls", "offered"])
-@pytest.mark.asyncio
 async def test_a_certificate_that_nobody_vouches_for_sends_nothing(
     server_tls: ssl.SSLContext, tls: str
 ) -> None:
@@ -430,7 +395,6 @@ async def test_a_certificate_that_nobody_vouches_for_sends_nothing(
     assert peer.taken == []
 
 
-@pytest.mark.asyncio
 async def test_tls_where_offered_goes_without_where_it_is_not() -> None:
     peer = SmtpPeer()
     assert fates(await send_one(peer, tls="offered")) == [(Outcome.ACCEPTED, Cause.UNSPECIFIED)]
@@ -447,9 +411,7 @@ def test_all_of_it_works_on_uvloop(server_tls: ssl.SSLContext, certificate: Path
             assert fates(await provider.send(call_of(mail))) == [
                 (Outcome.ACCEPTED, Cause.UNSPECIFIED)
             ]
-            assert fates(await provider.send(call_to(ANN))) == [
-                (Outcome.UNKNOWN, Cause.CONNECTION)
-            ]
+            assert fates(await provider.send(call_to(ANN))) == [(Outcome.UNKNOWN, Cause.CONNECTION)]
             await provider.send(call_to(ANN))
             await peer.drop_connections()
             assert fates(await provider.send(call_to(ANN))) == [
@@ -462,7 +424,6 @@ def test_all_of_it_works_on_uvloop(server_tls: ssl.SSLContext, certificate: Path
 # The probe
 
 
-@pytest.mark.asyncio
 async def test_the_probe_tells_what_the_server_offers() -> None:
     peer = SmtpPeer(login=("shop", "secret"))
     async with peer, provider_for(peer, user="shop", password="secret") as provider:
@@ -472,7 +433,6 @@ async def test_the_probe_tells_what_the_server_offers() -> None:
     assert "secret" not in line
 
 
-@pytest.mark.asyncio
 async def test_the_probe_names_what_is_wrong() -> None:
     peer = SmtpPeer(login=("shop", "secret"))
     async with peer, provider_for(peer, user="shop", password="wrong") as provider:
