@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from mailgrpc.cli.output import Cell, Output, Styled
+from mailgrpc.cli.output import Output, Styled
 from mailgrpc.cli.story import CATEGORIES, Mishap, tell_story
 from mailgrpc.client import AsyncMailClient
 from mailgrpc.config import HostPort, Settings
@@ -42,7 +42,7 @@ def demo() -> None:
     machine. Exit code 1 when something is not as it should be.
     """
     try:
-        asyncio.run(_demo(Output()))
+        asyncio.run(_demo(Output(for_people=True)))
     except asyncio.CancelledError:
         raise click.exceptions.Exit(EXIT_TERMINATED) from None
 
@@ -52,18 +52,22 @@ async def _demo(output: Output) -> None:
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     data_dir = Path(tempfile.gettempdir()) / f"mailgrpc-demo-{secrets.token_hex(8)}"
-    summary = "Interrupted."
+    summary = ""
     try:
         async with _family(data_dir, output) as stack:
             assert stack.listen is not None
             async with AsyncMailClient(stack.listen) as client:
                 summary = await tell_story(client, data_dir / "inbox", output)
+    except asyncio.CancelledError:
+        summary = "Interrupted."
+        raise
     finally:
         left = await asyncio.to_thread(_what_is_left, data_dir)
         shutil.rmtree(data_dir, ignore_errors=True)
-    if left:
-        raise Mishap(left)
-    output.line(Styled(f"{summary} Nothing left running.", "bold"))
+        if left:
+            raise Mishap(left)
+        if summary:
+            output.line(Styled(f"{summary} Nothing left running.", "bold"))
 
 
 @contextlib.asynccontextmanager
@@ -81,15 +85,20 @@ async def _family(data_dir: Path, output: Output) -> AsyncIterator[Stack]:
         "MAILGRPC_AUTH": "off",
         "MAILGRPC_LOG_LEVEL": "warning",
     }
-    async with Stack(settings, environ=environ) as stack:
-        cells: list[Cell] = []
-        for running in stack.running:
-            text = f"{running.part.value} {running.detail}".rstrip()
-            cells.append(f"✓ {text} ")
-        output.line(*cells, f"{time.monotonic() - begun_at:.1f} s")
+    stack = Stack(settings, environ=environ)
+    # A task of its own: a start is not cancelled, it is ended by `stop`, and then awaited.
+    starting = asyncio.create_task(stack.start())
+    try:
+        await asyncio.shield(starting)
+        took = f"{time.monotonic() - begun_at:.1f} s"
+        parts = [f"{running.part.value} {running.detail}".rstrip() for running in stack.running]
+        output.line("   ".join([*(f"✓ {part}" for part in parts), took]))
         _tell_other_port(output, USUAL.listen, stack.listen)
         _tell_other_port(output, USUAL.inbox_smtp_listen, stack.inbox)
         yield stack
+    finally:
+        await stack.stop()
+        await asyncio.gather(starting, return_exceptions=True)
 
 
 def _tell_other_port(output: Output, usual: HostPort, taken: str | None) -> None:

@@ -42,26 +42,34 @@ def clean_lines(text: str) -> str:
 
 
 class Output:
-    """Where a command prints. `error` is for people who watch a command whose output is used."""
+    """Where a command prints.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    `for_people`: it is read by people even where it is no terminal (a log, the demo): aligned, and
+    without tabs.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, for_people: bool = False) -> None:
         self._stream = stream or sys.stdout
         self.is_terminal = self._stream.isatty()
+        self._for_people = for_people or self.is_terminal
         self._console: Console | None = None
 
     def line(self, *cells: Cell, widths: Sequence[int] = ()) -> None:
-        """One line of cells. `widths`: the least width of each on a terminal."""
-        if not self.is_terminal:
+        """One line of cells. `widths`: the least width of each, for people."""
+        if not self._for_people:
             self._write("\t".join(_text(cell) for cell in cells))
+            return
+        padded = [
+            _text(cell).ljust(widths[index] if index < len(widths) else 0)
+            for index, cell in enumerate(cells)
+        ]
+        if not self.is_terminal:
+            self._write("  ".join(padded).rstrip())
             return
         from rich.text import Text
 
-        line = Text()
-        for index, cell in enumerate(cells):
-            width = widths[index] if index < len(widths) else 0
-            line.append(_text(cell).ljust(width), style=_style(cell))
-            if index < len(cells) - 1:
-                line.append("  ")
+        parts = [(text, _style(cell)) for text, cell in zip(padded, cells, strict=True)]
+        line = Text("  ").join(Text(text, style=style) for text, style in parts)
         line.rstrip()
         self._rich().print(line, soft_wrap=True)
 

@@ -96,7 +96,7 @@ def send(
 ) -> None:
     """Hand over one mail."""
     request = _request(**given)
-    output, notes = Output(), Output(sys.stderr)
+    output, notes = Output(), Output(sys.stderr, for_people=True)
     with session.client() as client:
         response = client.enqueue(request)
         if as_json:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from mailgrpc.cli.output import Cell, Output, Styled
+from mailgrpc.cli.output import Output, Styled
 from mailgrpc.cli.words import event_detail, move_cell, state_name, suppression_name
 from mailgrpc.client import AsyncMailClient, AsyncWatch, MailError, compose
 from mailgrpc.client.calls import UNENDED
@@ -104,7 +104,7 @@ async def _enqueue(client: AsyncMailClient, output: Output) -> list[Told]:
         messages.append(told)
         refusal = await _why_not_queued(client, request, answer)
         to = request.message.to[0].address
-        output.line(*_line(f"msg_…{told.tag}", what, to, refusal))
+        output.line(f"  msg_…{told.tag}", what, to, refusal, widths=[11, 21, 26])
     await _enqueue_again(client, receipt, messages[0], output)
     return messages
 
@@ -129,27 +129,19 @@ async def _enqueue_again(
     if not again.replayed or again.message_id != first.message_id:
         raise Mishap("the same request_id made a second message")
     result = f"→ msg_…{first.tag} replayed, no second mail"
-    output.line(*_line("again, same request_id", result))
+    output.line("  again, same request_id", result, widths=[36])
     changed = pb.EnqueueRequest()
     changed.CopyFrom(receipt)
     changed.message.subject = "Something else"
     try:
         await client.enqueue(changed)
     except MailError as error:
-        output.line(*_line("same id, changed subject", f"→ {error.code.name} {error.reason}"))
+        result = f"→ {error.code.name} {error.reason}"
+        output.line("  same id, changed subject", result, widths=[36])
         if error.reason != "REQUEST_ID_MISMATCH":
             raise Mishap(f"a changed request was refused with {error}") from error
     else:
         raise Mishap("a changed request with the same request_id was accepted")
-
-
-def _line(*cells: str) -> Sequence[Cell]:
-    """Cells below each other, for a pipe as well as for a terminal."""
-    head, *rest = cells
-    if len(rest) == 1:
-        return [f"  {head:<34} {rest[0]}"]
-    what, to, refusal = rest
-    return [f"  {head:<9}  {what:<21}  {to:<26}{refusal}".rstrip()]
 
 
 async def _first_answer(watch: AsyncWatch) -> None:
@@ -185,13 +177,8 @@ async def _follow(
         told.states.append(event.state_changed.delivery.state)
         if event.state_changed.old_state == DeliveryState.DELIVERY_STATE_UNSPECIFIED:
             continue  # that it is new, the answer of Enqueue has shown already
-        moved = move_cell(event)
-        text, style = (moved.text, moved.style) if isinstance(moved, Styled) else (moved, "")
-        output.line(
-            Styled(f"  +{arrived_at - began_at:.3f}  {told.tag}", "dim"),
-            Styled(f"{text:<20}", style),
-            event_detail(event),
-        )
+        when = Styled(f"  +{arrived_at - began_at:.3f}", "dim")
+        output.line(when, told.tag, move_cell(event), event_detail(event), widths=[8, 4, 19])
 
 
 async def _look_into(

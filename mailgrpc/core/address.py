@@ -66,8 +66,9 @@ def parse_address(text: str) -> Address:
     REQUIRED for an empty text, TOO_LONG past MAX_BYTES, CONTROL_CHARACTER, TEST_ADDRESS, and
     INVALID_ADDRESS for everything else. The key of a key is itself.
     """
-    match = _PLAIN.fullmatch(text)
-    if match is not None and len(text) <= MAX_ADDRESS and match.end(1) <= MAX_LOCAL_PART:
+    # Its length comes first: 10 MiB of "a.a.a." would keep the expression busy for a second.
+    match = _PLAIN.fullmatch(text) if len(text) <= MAX_ADDRESS else None
+    if match is not None and match.end(1) <= MAX_LOCAL_PART:
         key = text.lower()
         # What may be below `test`, or hold an A-label ("xn--"), takes the long way.
         if not key.endswith("test") and "--" not in key:

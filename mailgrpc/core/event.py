@@ -7,7 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from mailgrpc.core.delivery import UNENDED, Delivery, Result, State, aggregate
@@ -38,15 +38,22 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What a message's events are found and recognised by; joined once a message, never copied."""
+    """What a message's events are found and recognised by; joined once a message, never copied.
+
+    `created_at` is when the message was accepted, by the database's clock.
+    """
 
     correlation_id: str = ""
     tags: tuple[str, ...] = ()
     custom_args: Mapping[str, str] = field(default_factory=dict)
+    created_at: datetime | None = None  # None: the message is gone
 
 
 NO_LABELS = Labels()
 """For an event whose message was cleared since."""
+
+CLOCK_SLACK = timedelta(minutes=1)
+"""How far the clocks of a server and of the database are thought to be apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,28 +137,40 @@ class Filter:
     def matches(self, event: Event) -> bool:
         """Whether a watcher with this filter is shown this event.
 
-        The removal of many messages is shown to every watcher: it may hold some of them.
+        The removal of many messages is shown to every watcher, which may hold some of them. Of the
+        removal of one only the id and the time can be compared: the rest is gone with it.
         """
         if event.kind is EventKind.MESSAGES_CLEARED or self.is_empty:
             return True
-        message_id, delivery = event.message_id, event.delivery
-        if self.message_ids and message_id not in self.message_ids:
+        if self.message_ids and event.message_id not in self.message_ids:
             return False
+        if not self._accepted_in_time(event):
+            return False
+        if event.kind is EventKind.MESSAGE_REMOVED:
+            return True
         if self.correlation_ids and event.labels.correlation_id not in self.correlation_ids:
             return False
         if self.tags and self.tags.isdisjoint(event.labels.tags):
             return False
-        if self.created_after or self.created_before:
-            created_at = created_at_of(message_id) if message_id else event.occurred_at
-            if self.created_after and created_at < self.created_after:
-                return False
-            if self.created_before and created_at >= self.created_before:
-                return False
+        delivery = event.delivery
         if delivery is None:  # about a whole message
             return True
         if self.recipients and delivery.recipient not in self.recipients:
             return False
         return not self.states or delivery.state in self.states
+
+    def _accepted_in_time(self, event: Event) -> bool:
+        if self.created_after is None and self.created_before is None:
+            return True
+        created_at, slack = event.labels.created_at, timedelta(0)
+        if created_at is None:
+            if event.message_id is None:
+                return True
+            # Gone: its id has the time, by another clock. Rather one fact more than a ghost.
+            created_at, slack = created_at_of(event.message_id), CLOCK_SLACK
+        if self.created_after is not None and created_at + slack < self.created_after:
+            return False
+        return self.created_before is None or created_at - slack < self.created_before
 
 
 EVERYTHING = Filter()

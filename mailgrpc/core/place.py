@@ -10,12 +10,15 @@ and not as a strange place in history.
     bytes 1–4     project id, big-endian
     13 each       lane (1), seq (8), fingerprint (4, signed), lanes ascending
     last 4        CRC-32 of all before
+
+in URL-safe base64 without padding. Each place has one token: another text for the same bytes is
+refused too.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +31,8 @@ _VERSION = 1
 _HEAD = struct.Struct(">BI")
 _ENTRY = struct.Struct(">BQi")
 _CHECKSUM = struct.Struct(">I")
-_MAX_TEXT = 512  # 16 lanes take 284 characters
+_MAX_TEXT = 512  # 16 lanes take 290 characters
+_MAX_SEQ = 2**63 - 1  # what PostgreSQL can be asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,38 +60,54 @@ def covers(place: Place, other: Place) -> bool:
     return all(place.get(lane, ORIGIN).seq >= position.seq for lane, position in other.items())
 
 
+def join(place: Place, other: Place) -> dict[int, Position]:
+    """The place that has seen what either has: in each lane the later of both."""
+    joined = dict(place)
+    for lane, position in other.items():
+        if position.seq > joined.get(lane, ORIGIN).seq:
+            joined[lane] = position
+    return joined
+
+
 def encode_token(project_id: int, place: Place) -> str:
     """The token of a place, for the callers of one project."""
     parts = [_HEAD.pack(_VERSION, project_id)]
     for lane in sorted(place):
         parts.append(_ENTRY.pack(lane, place[lane].seq, place[lane].fingerprint))
     body = b"".join(parts)
-    whole = body + _CHECKSUM.pack(zlib.crc32(body))
-    return base64.urlsafe_b64encode(whole).rstrip(b"=").decode()
+    return _text_of(body + _CHECKSUM.pack(zlib.crc32(body)))
 
 
 def decode_token(project_id: int, token: str) -> dict[int, Position]:
     """The place in a token. Raises InvalidRequest for one that this project was not given."""
-    if len(token) > _MAX_TEXT:
-        raise _invalid("it is not a token of this service")
-    try:
-        padded = token.encode("ascii") + b"=" * (-len(token) % 4)
-        whole = base64.b64decode(padded, altchars=b"-_", validate=True)
-    except (UnicodeEncodeError, binascii.Error, ValueError):
-        raise _invalid("it is not a token of this service") from None
+    whole = _bytes_of(token)
     body, checksum = whole[: -_CHECKSUM.size], whole[-_CHECKSUM.size :]
-    entries = len(body) - _HEAD.size
-    if entries < 0 or entries % _ENTRY.size or _CHECKSUM.pack(zlib.crc32(body)) != checksum:
+    size = len(body) - _HEAD.size
+    if size < 0 or size % _ENTRY.size or _CHECKSUM.pack(zlib.crc32(body)) != checksum:
         raise _invalid("it is cut or changed")
     version, project = _HEAD.unpack_from(body)
     if version != _VERSION:
         raise _invalid("it was made by a version that this server does not know")
     if project != project_id:
         raise _invalid("it was made for another project")
-    return {
-        lane: Position(seq, fingerprint)
-        for lane, seq, fingerprint in _ENTRY.iter_unpack(body[_HEAD.size :])
-    }
+    entries = list(_ENTRY.iter_unpack(body[_HEAD.size :]))
+    if any(seq > _MAX_SEQ for _, seq, _ in entries):
+        raise _invalid("it was not made by this service")
+    return {lane: Position(seq, fingerprint) for lane, seq, fingerprint in entries}
+
+
+def _bytes_of(token: str) -> bytes:
+    if len(token) <= _MAX_TEXT and token.isascii():
+        padded = token.encode() + b"=" * (-len(token) % 4)
+        with contextlib.suppress(ValueError):  # binascii.Error is one
+            whole = base64.b64decode(padded, altchars=b"-_", validate=True)
+            if _text_of(whole) == token:
+                return whole
+    raise _invalid("it is not a token of this service")
+
+
+def _text_of(whole: bytes) -> str:
+    return base64.urlsafe_b64encode(whole).rstrip(b"=").decode()
 
 
 def _invalid(why: str) -> InvalidRequest:

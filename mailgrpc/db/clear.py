@@ -69,15 +69,30 @@ async def find_clearable(
 
     By id, from `after` on; at most `limit` in both together.
     """
-    is_sending = _some_delivery_in([State.SENDING])
-    query = matching(project_id, wanted).add_columns(is_sending.label("sending"))
+    query = _but_waiting(matching(project_id, wanted), force=force, after=after)
+    rows = await db.select(
+        query.add_columns(_IS_SENDING.label("sending")).order_by(messages.c.id).limit(limit)
+    )
+    return [r.id for r in rows if not r.sending], [r.id for r in rows if r.sending]
+
+
+async def has_clearable(
+    db: Database, project_id: int, wanted: Filter, *, force: bool, after: uuid.UUID | None
+) -> bool:
+    """Whether there is a message behind `after` that Clear may remove."""
+    query = _but_waiting(matching(project_id, wanted), force=force, after=after)
+    rows = await db.select(query.where(sa.not_(_IS_SENDING)).limit(1))
+    return bool(rows)
+
+
+def _but_waiting(
+    query: sa.Select[tuple[uuid.UUID]], *, force: bool, after: uuid.UUID | None
+) -> sa.Select[tuple[uuid.UUID]]:
     if after is not None:
         query = query.where(messages.c.id > after)
     if not force:
-        waiting = _some_delivery_in(sorted(UNENDED - {State.SENDING}))
-        query = query.where(sa.not_(waiting))
-    rows = await db.select(query.order_by(messages.c.id).limit(limit))
-    return [r.id for r in rows if not r.sending], [r.id for r in rows if r.sending]
+        query = query.where(sa.not_(_some_delivery_in(sorted(UNENDED - {State.SENDING}))))
+    return query
 
 
 def _some_delivery_in(states: list[State]) -> sa.ColumnElement[bool]:
@@ -86,6 +101,9 @@ def _some_delivery_in(states: list[State]) -> sa.ColumnElement[bool]:
         .where(_of_message(), deliveries.c.state.in_([int(s) for s in states]))
         .exists()
     )
+
+
+_IS_SENDING = _some_delivery_in([State.SENDING])
 
 
 async def clear_messages(

@@ -29,7 +29,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import asyncpg
 import sqlalchemy as sa
 from asyncpg.connect_utils import SessionAttribute
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from mailgrpc.errors import MailgrpcError, SettingsError, StoreUnavailable
 
@@ -197,19 +197,27 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
-        pooled = self.engine.connect()
-        try:
-            await pooled.start()
-        except (sa.exc.TimeoutError, sa.exc.DBAPIError, asyncpg.PostgresError, *_BROKEN) as error:
-            raise StoreUnavailable(str(error) or type(error).__name__) from error
-        raw = await pooled.get_raw_connection()
-        connection = cast("Connection", raw.driver_connection)
+        pooled, connection = await self._check_out()
+        while connection.is_closed():
+            # The server ended it while it lay idle: no statement of ours is in doubt over that.
+            await pooled.invalidate()
+            await pooled.close()
+            pooled, connection = await self._check_out()
         try:
             yield connection
         finally:
             if connection.is_closed():
                 await pooled.invalidate()
             await pooled.close()
+
+    async def _check_out(self) -> tuple[AsyncConnection, Connection]:
+        pooled = self.engine.connect()
+        try:
+            await pooled.start()
+        except (sa.exc.TimeoutError, sa.exc.DBAPIError, asyncpg.PostgresError, *_BROKEN) as error:
+            raise StoreUnavailable(str(error) or type(error).__name__) from error
+        raw = await pooled.get_raw_connection()
+        return pooled, cast("Connection", raw.driver_connection)
 
     async def _uncancelled(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(work)

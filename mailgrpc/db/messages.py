@@ -48,9 +48,9 @@ class Inserted:
 
 @dataclass(frozen=True, slots=True)
 class KnownRequest:
-    """What a request_id was used for. `kind` is 1 for Enqueue, 2 for Resend."""
+    """What a request_id was used for: an Enqueue, or else a Resend with its answer."""
 
-    kind: int
+    is_enqueue: bool
     message_id: uuid.UUID
     fingerprint: bytes
     rule: int
@@ -124,6 +124,26 @@ def _recipients(submission: Submission) -> Iterable[tuple[Recipient, bytes]]:
     return [(r, hashlib.sha256(content + r.key.encode()).digest()) for r in recipients]
 
 
+async def read_duplicates(db: Database, new: NewMessage) -> dict[str, uuid.UUID]:
+    """Whom somebody told the same within the message's dedupe_window: by key, the message that did.
+
+    As it is now; nothing is remembered.
+    """
+    window = new.submission.options.dedupe_window
+    if window is None:
+        return {}
+    recipient_of = {key: r.key for r, key in _recipients(new.submission)}
+    rows = await db.fetch(
+        """SELECT key, message_id FROM recent_content
+           WHERE project_id = $1 AND key = ANY ($2::bytea[])
+           AND accepted_at >= clock_timestamp() - make_interval(secs => $3)""",
+        new.project_id,
+        list(recipient_of),
+        window.total_seconds(),
+    )
+    return {recipient_of[row["key"]]: row["message_id"] for row in rows}
+
+
 async def read_known_requests(
     db: Database, keys: Sequence[tuple[int, str]]
 ) -> dict[tuple[int, str], KnownRequest]:
@@ -140,7 +160,7 @@ async def read_known_requests(
     )
     return {
         (row["project_id"], row["request_id"]): KnownRequest(
-            row["kind"],
+            row["kind"] == 1,
             row["message_id"],
             row["fingerprint"],
             row["rule"],
@@ -221,7 +241,7 @@ async def read_contents(
 
 
 async def read_attempts(db: Database, message_id: uuid.UUID) -> list[Attempt]:
-    """All attempts of a message, also those that run, by delivery and number."""
+    """All attempts of a message, also those that run, in the order in which they started."""
     rows = await db.fetch(
         """SELECT a.* FROM attempts a
            WHERE a.delivery_id > $1 AND a.delivery_id <= last_delivery_of($1)
@@ -229,7 +249,7 @@ async def read_attempts(db: Database, message_id: uuid.UUID) -> list[Attempt]:
            SELECT d.id, d.attempt_count, d.attempt_id, d.call_id, d.channel, '',
                d.attempt_started_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
            FROM deliveries d WHERE d.id > $1 AND d.id <= last_delivery_of($1) AND d.state = 2
-           ORDER BY 1, 2""",
+           ORDER BY started_at, delivery_id, number""",
         message_id,
     )
     return [
@@ -250,7 +270,7 @@ async def read_attempts(db: Database, message_id: uuid.UUID) -> list[Attempt]:
 async def read_labels(db: Database, message_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Labels]:
     """What the events of these messages are found by; messages that were cleared are left out."""
     rows = await db.fetch(
-        """SELECT id, correlation_id, tags, custom_args FROM messages
+        """SELECT id, created_at, correlation_id, tags, custom_args FROM messages
            WHERE id = ANY ($1::uuid[])""",
         message_ids,
     )
@@ -263,4 +283,5 @@ def labels_of(row: Row) -> Labels:
         correlation_id=str(row["correlation_id"]),
         tags=tuple(unpack_json(row["tags"])),
         custom_args=unpack_json(row["custom_args"]),
+        created_at=row["created_at"],
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from mailgrpc.core.admission import ACCEPTS_ALL, refuses
-from mailgrpc.core.delivery import Delivery
+from mailgrpc.core.delivery import SuppressionReason
 from mailgrpc.db.engine import Database
 
 
@@ -69,27 +69,37 @@ async def change_preference(
     return _preference_of(row)
 
 
-async def read_refusals(db: Database, project_id: int, addresses: Sequence[str]) -> dict[str, int]:
-    """The flags that each of these addresses refuses; all of them where it is suppressed."""
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What stands against mail to an address: the flags it refuses, and why it is suppressed."""
+
+    blocked_flags: int
+    suppression: SuppressionReason  # UNSPECIFIED: it is not
+
+    def of(self, flags: int) -> SuppressionReason:
+        """Why mail with these flags is not sent, as the database decides; UNSPECIFIED: it is."""
+        if not self.suppression and refuses(self.blocked_flags, flags):
+            return SuppressionReason.PREFERENCE
+        return self.suppression
+
+
+async def read_refusals(
+    db: Database, project_id: int, addresses: Sequence[str]
+) -> dict[str, Refusal]:
+    """What stands against mail to each of these addresses, all of which are in the answer."""
     rows = await db.fetch(
         """SELECT a.address, coalesce(p.blocked_flags, 1) AS blocked_flags,
-               s.reason IS NOT NULL AS suppressed
+               coalesce(s.reason, 0) AS suppression
            FROM unnest($2::text[]) AS a(address)
            LEFT JOIN preferences p ON p.project_id = $1 AND p.address = a.address
            LEFT JOIN suppressions s ON s.project_id = $1 AND s.address = a.address""",
         project_id,
         addresses,
     )
-    return {r["address"]: _ALL if r["suppressed"] else r["blocked_flags"] for r in rows}
-
-
-_ALL = -1
-
-
-def is_refused(refusals: Mapping[str, int], delivery: Delivery) -> bool:
-    """Whether what `read_refusals` found forbids this delivery."""
-    blocked = refusals[delivery.recipient]
-    return blocked == _ALL or refuses(blocked, delivery.flags)
+    return {
+        row["address"]: Refusal(row["blocked_flags"], SuppressionReason(row["suppression"]))
+        for row in rows
+    }
 
 
 def _preference_of(row: object) -> Preference:

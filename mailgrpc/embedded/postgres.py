@@ -162,7 +162,7 @@ class EmbeddedPostgres:
         if self._place.exists():
             cluster.check_version(self._place, binaries)
             # The lock was just taken: no server on this directory can be alive.
-            pass
+            (self._place / "postmaster.pid").unlink(missing_ok=True)
         else:
             cluster.create(
                 self._place,

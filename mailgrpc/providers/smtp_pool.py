@@ -73,6 +73,7 @@ class SmtpPool:
         self._tls_context: ssl.SSLContext | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._goodbyes: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     async def take(self, deadline: float) -> SmtpWire:
         """An idle connection, or a fresh one. Raises HandshakeFailed."""
@@ -85,7 +86,7 @@ class SmtpPool:
 
     def give_back(self, wire: SmtpWire) -> None:
         """Keep a connection whose transaction has ended, if it can serve another."""
-        if not wire.is_usable:
+        if self._is_closed or not wire.is_usable:
             wire.abort()
         elif wire.mails >= self.server.max_mails:
             self._say_goodbye(wire)
@@ -95,7 +96,8 @@ class SmtpPool:
             self._plan_sweep()
 
     async def close(self) -> None:
-        """End every idle connection, politely but not for long."""
+        """End every idle connection, politely but not for long, and keep none from now on."""
+        self._is_closed = True
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
             self._sweep_timer = None

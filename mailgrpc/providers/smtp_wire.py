@@ -89,7 +89,8 @@ class SmtpWire(asyncio.Protocol):
         """Send commands that `replies` answers are owed for. Raises WireBroken."""
         self.raise_if_broken()
         self._owed += replies
-        self._transport.write(data)
+        if data:
+            self._transport.write(data)
 
     def raise_if_broken(self) -> None:
         """Raise WireBroken where what is written now would go nowhere."""

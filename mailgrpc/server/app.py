@@ -39,7 +39,8 @@ SERVICE = mail_service_pb2.DESCRIPTOR.services_by_name["MailService"].full_name
 WORKERS = "mailgrpc.workers"
 """The name under which health tells whether some worker lives."""
 _HEALTH_EVERY_S = 2.0
-_ENVELOPE_BYTES = 64 * 1024
+# What is somewhat too large is still received, so that it is refused with details (interceptors).
+_RECEIVED_BYTES = MAX_REQUEST_BYTES * 6 // 5
 # In the pool of descriptors, so that reflection can name them and error details print.
 _TOLD_BY_REFLECTION = (error_details_pb2, status_pb2)
 
@@ -107,19 +108,16 @@ class MailServer:
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        listen = self._settings.listen
         try:
             port = self._listen(server)
-        except RuntimeError as error:
+        except SettingsError:
             await self._feed.stop()
-            raise SettingsError(
-                f"cannot listen on {listen}: the port is taken or not ours "
-                "(MAILGRPC_LISTEN chooses another)"
-            ) from error
+            raise
+        await self._tell_health()
         await server.start()
         self._server = server
         self._watcher = asyncio.create_task(self._watch_health())
-        return HostPort(listen.host, port)
+        return HostPort(self._settings.listen.host, port)
 
     async def stop(self, grace_s: float | None = None) -> None:
         """End: no new calls, waiting ones answered, streams told to resume elsewhere."""
@@ -146,13 +144,18 @@ class MailServer:
     def _listen(self, server: grpc.aio.Server) -> int:
         address = str(self._settings.listen)
         cert, key = self._settings.tls_cert_file, self._settings.tls_key_file
-        if cert is None or key is None:
-            return server.add_insecure_port(address)
         try:
+            if cert is None or key is None:
+                return server.add_insecure_port(address)
             pair = (key.read_bytes(), cert.read_bytes())
+            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except OSError as error:
             raise SettingsError(f"MAILGRPC_TLS_CERT_FILE or _KEY_FILE: {error}") from error
-        return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        except RuntimeError as error:
+            raise SettingsError(
+                f"cannot listen on {address}: the port is taken or not ours "
+                "(MAILGRPC_LISTEN chooses another)"
+            ) from error
 
     def _warn_of_what_is_open(self) -> None:
         loopback = self._settings.listen.host in ("127.0.0.1", "::1", "localhost")
@@ -165,28 +168,31 @@ class MailServer:
             log.warning("no channel is configured (MAILGRPC_CHANNEL_URL): every Enqueue is refused")
 
     async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(_HEALTH_EVERY_S)
+            await self._tell_health()
+
+    async def _tell_health(self) -> None:
         """Tell health whether the store answers and some worker lives."""
         serving = health_pb2.HealthCheckResponse.SERVING
         not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-        while True:
-            try:
-                sessions = await read_sessions(self._database)
-                store, worker = True, any(s.ended_at is None for s in sessions)
-            except StoreUnavailable:
-                store = worker = False
-            except Exception:
-                log.exception("the health check failed")
-                store = worker = False
-            for name, good in (("", store), (SERVICE, store), (WORKERS, worker)):
-                await self._health.set(name, serving if good else not_serving)
-            await asyncio.sleep(_HEALTH_EVERY_S)
+        try:
+            sessions = await read_sessions(self._database)
+            store, worker = True, any(s.ended_at is None for s in sessions)
+        except StoreUnavailable:
+            store = worker = False
+        except Exception:
+            log.exception("the health check failed")
+            store = worker = False
+        for name, good in (("", store), (SERVICE, store), (WORKERS, worker)):
+            await self._health.set(name, serving if good else not_serving)
 
 
 def _options() -> list[tuple[str, Any]]:
     return [
         # A second server on a taken port would start and take half of the calls.
         ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + _ENVELOPE_BYTES),
+        ("grpc.max_receive_message_length", _RECEIVED_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -6,9 +6,8 @@ import uuid
 
 from google.protobuf import json_format
 
-from mailgrpc.core.event import Filter
 from mailgrpc.core.ids import MESSAGE, to_text
-from mailgrpc.db.clear import CHUNK_MESSAGES, clear_messages, find_clearable
+from mailgrpc.db.clear import CHUNK_MESSAGES, clear_messages, find_clearable, has_clearable
 from mailgrpc.db.engine import Database
 from mailgrpc.db.projects import Caller
 from mailgrpc.doorbell import Doorbell
@@ -67,7 +66,9 @@ class Clear:
             if len(clearable) + len(sending) < limit:
                 return response
             after = max(clearable + sending)
-        response.more = await self._has_more(caller, wanted, force=request.force, after=after)
+        response.more = await has_clearable(
+            self._database, caller.project_id, wanted, force=request.force, after=after
+        )
         return response
 
     async def _clear(
@@ -93,11 +94,3 @@ class Clear:
         response.sending_count += cleared.sending
         self._doorbell.hint_feed()
         self._feed.wake()
-
-    async def _has_more(
-        self, caller: Caller, wanted: Filter, *, force: bool, after: uuid.UUID | None
-    ) -> bool:
-        clearable, _ = await find_clearable(
-            self._database, caller.project_id, wanted, force=force, after=after, limit=1
-        )
-        return bool(clearable)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mailgrpc.core import event as domain
 from mailgrpc.core.delivery import Delivery, Result, Role, State
@@ -186,11 +187,16 @@ def unknown_field(request: Message, prefix: str = "") -> str | None:
     return _walk_unknown(request, prefix)
 
 
-def _walk_unknown(request: Message, prefix: str) -> str | None:
-    from google.protobuf.unknown_fields import UnknownFieldSet
-
+def unknown_number(request: Message) -> str | None:
+    """The number of a field of `request` itself that this version does not know."""
     for unknown in UnknownFieldSet(request):  # type: ignore[attr-defined]  iterates by index
-        return f"{prefix}{unknown.field_number}"
+        return str(unknown.field_number)
+    return None
+
+
+def _walk_unknown(request: Message, prefix: str) -> str | None:
+    if (number := unknown_number(request)) is not None:
+        return prefix + number
     for field, value in request.ListFields():
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue

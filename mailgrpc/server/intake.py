@@ -26,7 +26,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from mailgrpc.core.fingerprint import fingerprint
@@ -181,7 +181,11 @@ class Intake:
     async def _insert(self, new: Sequence[NewMessage]) -> Inserted:
         for attempt in range(_AMBIGUOUS_TRIES):
             try:
-                return await insert_messages(self._database, self._lane, new)
+                inserted = await insert_messages(self._database, self._lane, new)
+                if attempt == 0:
+                    return inserted
+                # The run in doubt may have made the rows, and told nobody what it did not queue.
+                return replace(inserted, with_suppressed=frozenset(n.message_id for n in new))
             except AmbiguousCommit as error:
                 log.warning("a flush of %d is in doubt, asking again: %s", len(new), error)
                 if attempt == _AMBIGUOUS_TRIES - 1:
@@ -228,7 +232,7 @@ def _answer(
 
 def is_same_request(submission: Submission, found: KnownRequest) -> bool:
     """Whether an Enqueue says what the one before it said, by the rule of its time."""
-    if found.kind != 1:
+    if not found.is_enqueue:
         return False
     return fingerprint(submission, found.rule) == found.fingerprint
 

@@ -2,8 +2,10 @@
 
 Promises. A call never hangs: a handler that is cancelled from inside, or that fails in a way nobody
 foresaw, still answers. What the server did not expect is INTERNAL with an error id and nothing
-else; the log has the rest under that id. A call without a deadline gets the server's. Details stay
-under 4 kB, because they travel in trailers, and past 8 kB the caller sees another error.
+else; the log has the rest under that id. A call without a deadline gets the server's. A request that
+is too large or broken is not read, and still answered by the contract: left to itself, gRPC would
+answer UNKNOWN with the text of an exception. Details stay under 4 kB, because they travel in
+trailers, and past 8 kB the caller sees another error.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from mailgrpc.core.message import MAX_REQUEST_BYTES
 from mailgrpc.db.engine import Database
 from mailgrpc.db.projects import DEFAULT_CALLER, Caller, find_caller
 from mailgrpc.errors import (
+    Exhausted,
     Reason,
     RequestError,
     StoreUnavailable,
@@ -31,11 +36,14 @@ from mailgrpc.errors import (
     Unavailable,
 )
 from mailgrpc.server.convert import SHOWN_VIOLATIONS, shown_violations
+from mailgrpc.v1 import mail_service_pb2
 
 log = logging.getLogger(__name__)
 
 DOMAIN = "mailgrpc"
 SERVICE_PREFIX = "/mailgrpc.v1."
+LONGEST_WAIT_S = 60
+"""How long ListEvents may be asked to wait for the first event."""
 _RETRY_STORE = timedelta(seconds=1)
 _DETAILS_BYTES = 3900  # under 4 kB with what gRPC adds
 _TEXT_CHARACTERS = 300
@@ -136,6 +144,28 @@ def translated(error: BaseException, method: str) -> RequestError:
     return RequestError(Reason.INTERNAL, f"internal error {error_id}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """What stands in the place of a request that was not read, and why it was not."""
+
+    error: RequestError
+
+
+def _reading(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """The deserializer of a method, which never raises: nobody could translate that."""
+
+    def read(data: bytes) -> Any:
+        if len(data) > MAX_REQUEST_BYTES:
+            return _Unread(Exhausted(Reason.REQUEST_TOO_LARGE, "a request has at most 10 MiB"))
+        try:
+            return parse(data)
+        except DecodeError:
+            text = "the bytes are not a request of this method, or a string in it is not UTF-8"
+            return _Unread(RequestError(Reason.OUT_OF_RANGE, text))
+
+    return read
+
+
 class Edge(grpc.aio.ServerInterceptor):
     """Wraps every method of ours, once a method and not once a call."""
 
@@ -157,13 +187,13 @@ class Edge(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             wrapped = grpc.unary_stream_rpc_method_handler(
                 self._streaming(handler.unary_stream, name),
-                handler.request_deserializer,
+                _reading(handler.request_deserializer),
                 handler.response_serializer,
             )
         else:
             wrapped = grpc.unary_unary_rpc_method_handler(
                 self._unary(handler.unary_unary, name),
-                handler.request_deserializer,
+                _reading(handler.request_deserializer),
                 handler.response_serializer,
             )
         self._wrapped[method] = wrapped
@@ -173,15 +203,17 @@ class Edge(grpc.aio.ServerInterceptor):
         self, call: Callable[[Any, Any], Awaitable[Any]], name: str
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def run(request: Any, context: Any) -> Any:
+            bound = asyncio.timeout(self._bound_s(request, context))
             try:
-                _caller.set(await self._identify(context))
-                if context.time_remaining() is None:
-                    async with asyncio.timeout(self._deadline_s):
-                        return await call(request, context)
-                return await call(request, context)
-            except TimeoutError:
+                async with bound:
+                    await self._let_in(request, context)
+                    return await call(request, context)
+            except TimeoutError as error:
+                if not bound.expired():  # one of our own, from within
+                    await _abort(context, translated(error, name))
                 await context.abort(
-                    grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {self._deadline_s:g} s"
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    "no answer in the time that this server gives a call without a deadline",
                 )
             except asyncio.CancelledError:
                 # The caller has gone, or a future of our own was cancelled under us: in that case
@@ -203,7 +235,7 @@ class Edge(grpc.aio.ServerInterceptor):
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def run(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                _caller.set(await self._identify(context))
+                await self._let_in(request, context)
                 async for response in call(request, context):
                     yield response
             except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
@@ -214,6 +246,21 @@ class Edge(grpc.aio.ServerInterceptor):
                 await _abort(context, translated(error, name))
 
         return run
+
+    def _bound_s(self, request: Any, context: Any) -> float | None:
+        """How long a call may take; None where the caller's own deadline ends it."""
+        if context.time_remaining() is not None:
+            return None
+        if isinstance(request, mail_service_pb2.ListEventsRequest):
+            # A caller who asked to wait gets the wait, and then as long as everybody.
+            return self._deadline_s + max(0, min(request.wait.seconds, LONGEST_WAIT_S))
+        return self._deadline_s
+
+    async def _let_in(self, request: Any, context: Any) -> None:
+        """Let the call know its caller. Raises RequestError, StoreUnavailable."""
+        _caller.set(await self._identify(context))
+        if isinstance(request, _Unread):
+            raise request.error
 
     async def _identify(self, context: Any) -> Caller:
         if not self._keys:
@@ -227,11 +274,12 @@ class Edge(grpc.aio.ServerInterceptor):
                 Reason.KEY_MISSING, "send metadata `authorization: Bearer KEY` with an API key"
             )
         scheme, _, key = shown.partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthenticated(Reason.KEY_INVALID, "`authorization` is not `Bearer KEY`")
         now = asyncio.get_running_loop().time()
         if (known := self._known.get(key)) is not None and known[0] > now:
             return known[1]
-        caller = await find_caller(self._database, key) if scheme.lower() == "bearer" else None
-        if caller is None:
+        if (caller := await find_caller(self._database, key)) is None:
             raise Unauthenticated(Reason.KEY_INVALID, "this API key is unknown or revoked")
         if len(self._known) >= _KEYS_REMEMBERED:
             self._known.clear()

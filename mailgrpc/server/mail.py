@@ -21,10 +21,10 @@ from mailgrpc.core.delivery import State
 from mailgrpc.core.event import Filter, MessageStatus
 from mailgrpc.core.fingerprint import fingerprint
 from mailgrpc.core.ids import MESSAGE, new_message_id, rfc_message_id, to_text
-from mailgrpc.core.message import DEFAULT_EXPIRY, MAX_REQUEST_BYTES, Submission
+from mailgrpc.core.message import DEFAULT_EXPIRY, Submission
 from mailgrpc.core.options import check_admissible
 from mailgrpc.core.place import encode_token
-from mailgrpc.core.shape import checked_submission
+from mailgrpc.core.shape import MAX_REQUEST_ID, check_text, checked_submission
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import (
     NewMessage,
@@ -34,7 +34,6 @@ from mailgrpc.db.messages import (
     read_statuses,
 )
 from mailgrpc.errors import (
-    Exhausted,
     InvalidRequest,
     NotFound,
     NotImplementedYet,
@@ -48,7 +47,13 @@ from mailgrpc.server.clear import Clear
 from mailgrpc.server.feed import Feed
 from mailgrpc.server.filters import checked_filter
 from mailgrpc.server.intake import Accepted, Intake, is_same_request
-from mailgrpc.server.interceptors import code_number, current_caller, translated
+from mailgrpc.server.foresight import foreseen
+from mailgrpc.server.interceptors import (
+    LONGEST_WAIT_S,
+    code_number,
+    current_caller,
+    translated,
+)
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
 from mailgrpc.server.watch import DEFAULT_HEARTBEAT_S, Wanted, Watch, wanted_kinds
@@ -96,7 +101,8 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
         self, request: pb.EnqueueBatchRequest, context: Any
     ) -> pb.EnqueueBatchResponse:
         """Take many in; each is answered for itself."""
-        if (unknown := convert.unknown_field(request)) is not None:
+        # Of the batch alone: what an item says is that item's error.
+        if (unknown := convert.unknown_number(request)) is not None:
             raise InvalidRequest(_unknown(unknown))
         if not request.requests:
             raise InvalidRequest(Violation("requests", Reason.REQUIRED, "at least one is needed"))
@@ -119,9 +125,6 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
 
     async def _enqueue(self, request: pb.EnqueueRequest, token: str) -> pb.EnqueueResponse:
         caller = current_caller()
-        size = request.ByteSize()
-        if size > MAX_REQUEST_BYTES:
-            raise Exhausted(Reason.REQUEST_TOO_LARGE, "a request has at most 10 MiB")
         if (unknown := convert.unknown_field(request)) is not None:
             raise InvalidRequest(_unknown(unknown))
         submission = checked_submission(convert.submission(request))
@@ -132,9 +135,9 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
             if accepted is None:
                 raise new
         elif submission.validate_only:
-            return pb.EnqueueResponse()
+            return pb.EnqueueResponse(not_queued=await foreseen(self._database, new))
         else:
-            accepted = await self._intake.put(new, size)
+            accepted = await self._intake.put(new, request.ByteSize())
         return await self._accepted(caller.project_id, accepted, token)
 
     def _admitted(
@@ -212,6 +215,8 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
         self, request: pb.GetMessageRequest, context: Any
     ) -> pb.GetMessageResponse:
         """A message as it was handed over, with all its attempts."""
+        if request.view not in _VIEWS:
+            raise InvalidRequest(Violation("view", Reason.OUT_OF_RANGE, "not a MessageView"))
         token, status = await self._read(request.message_id, request.request_id)
         full = request.view == pb.MESSAGE_VIEW_FULL
         contents = await read_contents(self._database, [status.message_id], with_files=full)
@@ -249,9 +254,11 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
         if message_id:
             found = convert.message_id("message_id", message_id)
         else:
+            if violations := check_text("request_id", request_id, MAX_REQUEST_ID):
+                raise InvalidRequest(*violations)
             key = (project_id, request_id)
             known = (await read_known_requests(self._database, [key])).get(key)
-            found = None if known is None else known.message_id
+            found = known.message_id if known is not None and known.is_enqueue else None
         if found is None:
             raise NotFound("no such message")
         return found
@@ -321,8 +328,9 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
         wait_s = 0.0
         if request.HasField("wait"):
             wait_s = convert.duration("wait", request.wait).total_seconds()
-            if not 0 <= wait_s <= 60:
-                raise InvalidRequest(Violation("wait", Reason.OUT_OF_RANGE, "0 to 60 s"))
+            if not 0 <= wait_s <= LONGEST_WAIT_S:
+                text = f"0 to {LONGEST_WAIT_S} s"
+                raise InvalidRequest(Violation("wait", Reason.OUT_OF_RANGE, text))
         if request.page_size < 0:
             raise InvalidRequest(Violation("page_size", Reason.OUT_OF_RANGE, "0 or more"))
         return await self._watch.list_events(
@@ -331,6 +339,7 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
 
 
 _QUEUED = int(State.QUEUED)
+_VIEWS = frozenset(pb.MessageView.values())
 
 
 def _wanted(request: pb.WatchStatusRequest | pb.ListEventsRequest) -> Wanted:

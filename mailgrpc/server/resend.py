@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -24,7 +24,7 @@ from mailgrpc.db.content import pack_json
 from mailgrpc.db.deliveries import Move, resend_deliveries
 from mailgrpc.db.engine import AmbiguousCommit, Database, StaleVersion
 from mailgrpc.db.messages import read_contents, read_known_requests, read_statuses
-from mailgrpc.db.preferences import is_refused, read_refusals
+from mailgrpc.db.preferences import read_refusals
 from mailgrpc.db.projects import Caller
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import (
@@ -76,7 +76,7 @@ class Resend:
         recipients = _checked_recipients(request.recipients)
         if message_id is None:
             raise NotFound("no such message")
-        said = json.dumps([str(message_id), recipients, request.accept_duplicate_risk])
+        said = json.dumps([str(message_id), list(recipients), request.accept_duplicate_risk])
         fingerprint = hashlib.sha256(said.encode()).digest()
         token = encode_token(caller.project_id, await self._feed.now())
         for _ in range(_TRIES):
@@ -102,7 +102,11 @@ class Resend:
                     response=pack_json({r: int(why) for r, why in decision.refused.items()}),
                     moves=decision.moves,
                 )
-            except (StaleVersion, AmbiguousCommit):
+            except StaleVersion:
+                continue
+            except AmbiguousCommit:
+                if not request.request_id:
+                    raise  # what was read next would not tell whose change it is
                 continue
             if won:
                 self._doorbell.ring()
@@ -123,7 +127,7 @@ class Resend:
         found = (await read_known_requests(self._database, [key])).get(key)
         if found is None:
             return None
-        if found.kind != 2 or found.fingerprint != fingerprint:
+        if found.is_enqueue or found.fingerprint != fingerprint:
             raise RequestIdMismatch(request_id)
         refused: dict[str, Any] = found.response or {}  # type: ignore[assignment]
         return {recipient: Reason(number) for recipient, number in refused.items()}
@@ -135,14 +139,19 @@ class Resend:
         return statuses[message_id]
 
     async def _decide(
-        self, caller: Caller, status: MessageStatus, recipients: Sequence[str], *, accept_risk: bool
+        self,
+        caller: Caller,
+        status: MessageStatus,
+        recipients: Mapping[str, int],
+        *,
+        accept_risk: bool,
     ) -> _Decision:
         contents = await read_contents(self._database, [status.message_id], with_files=False)
         content = contents.get(status.message_id)
         if content is None or content.message is None:
             raise Precondition(Reason.CONTENT_ERASED, "the content of this message is erased")
         of_message = {d.recipient for d in status.deliveries}
-        for index, recipient in enumerate(recipients):
+        for recipient, index in recipients.items():
             if recipient not in of_message:
                 text = "the message does not go to this address"
                 raise InvalidRequest(
@@ -157,7 +166,7 @@ class Resend:
             if recipients and delivery.recipient not in recipients:
                 continue
             reason = resend_refusal(delivery, accept_duplicate_risk=accept_risk)
-            if reason is None and is_refused(refusals, delivery):
+            if reason is None and refusals[delivery.recipient].of(delivery.flags):
                 reason = Reason.STILL_SUPPRESSED
             if reason is not None:
                 decision.refused[delivery.recipient] = reason
@@ -170,7 +179,7 @@ class Resend:
         self,
         caller: Caller,
         message_id: uuid.UUID,
-        recipients: Sequence[str],
+        recipients: Collection[str],
         refused: Mapping[str, Reason],
         *,
         token: str,
@@ -192,9 +201,12 @@ class Resend:
         return response
 
 
-def _checked_recipients(asked: Sequence[str]) -> list[str]:
+def _checked_recipients(asked: Sequence[str]) -> dict[str, int]:
+    """The addresses asked for, normalised, each with the first place where it stands."""
     if len(asked) > MAX_RECIPIENTS:
         text = f"at most {MAX_RECIPIENTS} recipients"
         raise InvalidRequest(Violation("recipients", Reason.TOO_MANY, text))
-    keys = [checked_address(f"recipients[{i}]", text) for i, text in enumerate(asked)]
-    return list(dict.fromkeys(keys))
+    places: dict[str, int] = {}
+    for index, text in enumerate(asked):
+        places.setdefault(checked_address(f"recipients[{index}]", text), index)
+    return places

@@ -136,12 +136,15 @@ async def test_a_stale_pid_file_with_a_living_number_does_not_block(made_data_di
     # container's restart, where numbers begin anew.
     stale = made_data_dir / "postgres" / "postmaster.pid"
     owner = stale.parent.stat().st_uid
-    with subprocess.Popen(["sleep", "1000"], user=owner if os.geteuid() == 0 else None) as other:
+    other = subprocess.Popen(["sleep", "1000"], user=owner if os.geteuid() == 0 else None)
+    try:
         stale.write_text(f"{other.pid}\n{stale.parent}\n1700000000\n5432\n/tmp\n\n0 0\nready\n")
         stale.chmod(0o644)
         with EmbeddedPostgres(made_data_dir) as postgres:
             await put(postgres.url, "written")
+    finally:
         other.kill()
+        other.wait()
 
 
 async def test_a_deep_directory_is_no_problem(place: Path, made_data_dir: Path) -> None:

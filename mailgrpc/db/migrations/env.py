@@ -17,10 +17,11 @@ _LOCK = 0x6D67_0000_0000  # any number that no other program takes
 
 
 def run(connection: sa.Connection) -> None:
+    # Before all else: two that make the schema at once collide, IF NOT EXISTS or not.
+    connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
     connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
     context.configure(connection=connection, version_table_schema=SCHEMA)
     with context.begin_transaction():
-        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         context.run_migrations()
 
 

@@ -1,0 +1,316 @@
+"""The recent end of the feed in memory, and the readers that wait at it.
+
+Events come in batches, each as one page was read. A batch knows which of its events a reader may
+want, by the one field of its filter that narrows most: so what a batch costs grows with the events
+and with the readers that it is for, not with all that wait.
+
+A reader is at a place, which says what it has seen. Reading the table and reading the batches may
+interleave lanes differently, so a reader that comes from the table may be ahead of the batches in
+some lanes: it then leaves out what it has seen, until a batch ends where it stands. From there on
+it is `settled`: its place is always the end of the batch it read last, shared and not computed.
+
+A settled reader that sleeps is moved by the ring: a batch without anything for it changes nothing,
+and when it wakes, by time or by a batch that has something for it, it stands just before that. So
+sleepers are never overtaken by the ring, and waking costs nothing for those who are not woken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+from mailgrpc.core.event import Event, EventKind, Filter
+from mailgrpc.core.place import ORIGIN, Place, advance, covers, join
+from mailgrpc.server import convert
+
+RING_EVENTS = 8192
+"""Events kept in memory; who is further behind reads the table."""
+
+Key = tuple[Hashable, ...]
+
+
+class Entry:
+    """An event in memory, with its protobuf form once somebody needed it: made once for all."""
+
+    __slots__ = ("_shown", "event")
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+        self._shown: Any = None
+
+    @property
+    def shown(self) -> Any:
+        """The event as callers see it."""
+        if self._shown is None:
+            self._shown = convert.event(self.event)
+        return self._shown
+
+
+class Reader:
+    """Where one subscriber is. `number` is its next batch while it reads from the ring."""
+
+    __slots__ = ("epoch", "is_keyed", "keys", "number", "place", "project_id", "settled", "waiter")
+
+    def __init__(self, project_id: int, place: Place, wanted: Filter, epoch: int) -> None:
+        self.project_id = project_id
+        self.place: Place = place
+        self.keys = _keys_of_filter(project_id, wanted)
+        # Whether its filter names messages, correlation ids or recipients.
+        self.is_keyed = self.keys != ((project_id,),)
+        self.epoch = epoch
+        self.number: int | None = None
+        self.settled = False
+        self.waiter: asyncio.Future[bool] | None = None
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether it waits for news and none was announced yet."""
+        return self.waiter is not None and not self.waiter.done()
+
+
+class Batch:
+    """A page of events, in order, and the place behind it."""
+
+    __slots__ = ("_by_key", "_of_project", "_to_all", "behind", "size")
+
+    def __init__(self, events: Sequence[Event], behind: Place) -> None:
+        self.behind = behind
+        self.size = len(events)
+        self._of_project: dict[int, list[Entry]] = {}
+        for event in events:
+            self._of_project.setdefault(event.project_id, []).append(Entry(event))
+        self._by_key: dict[Key, list[Entry]] | None = None
+        self._to_all: dict[int, list[Entry]] = {}
+
+    def entries_for(self, reader: Reader) -> Sequence[Entry]:
+        """What the reader may want, in order; its filter has the last word."""
+        mine = self._of_project.get(reader.project_id, [])
+        if not reader.is_keyed or len(reader.keys) >= len(mine):
+            return mine
+        index = self.index()
+        found = [entry for key in reader.keys for entry in index.get(key, ())]
+        found += self._to_all.get(reader.project_id, ())
+        found.sort(key=lambda entry: entry.event.seq)  # as the page was
+        return found
+
+    def projects(self) -> Iterable[int]:
+        """Whose events these are."""
+        return self._of_project.keys()
+
+    def projects_told(self) -> Iterable[int]:
+        """Projects of which every reader is told something, whatever its filter."""
+        self.index()
+        return self._to_all.keys()
+
+    def index(self) -> dict[Key, list[Entry]]:
+        """The events by the keys that filters can name."""
+        if self._by_key is None:
+            self._by_key = {}
+            for project_id, entries in self._of_project.items():
+                for entry in entries:
+                    if entry.event.kind is not EventKind.STATE_CHANGED:
+                        self._to_all.setdefault(project_id, []).append(entry)
+                        continue
+                    for key in _keys_of_event(entry.event):
+                        self._by_key.setdefault(key, []).append(entry)
+        return self._by_key
+
+
+def _keys_of_filter(project_id: int, wanted: Filter) -> tuple[Key, ...]:
+    """What to find a reader by: the values of one field, as every field has to be satisfied."""
+    for field in ("message_ids", "correlation_ids", "recipients"):
+        if values := getattr(wanted, field):
+            return tuple((project_id, field, value) for value in values)
+    return ((project_id,),)
+
+
+def _keys_of_event(event: Event) -> Iterator[Key]:
+    yield event.project_id, "message_ids", event.message_id
+    if event.labels.correlation_id:
+        yield event.project_id, "correlation_ids", event.labels.correlation_id
+    if event.delivery is not None:
+        yield event.project_id, "recipients", event.delivery.recipient
+
+
+class Ring:
+    """Batches of at most RING_EVENTS events, and every reader of this process."""
+
+    def __init__(self) -> None:
+        self._batches: deque[Batch] = deque()
+        self._events = 0
+        self._first = 0  # number of the first batch, counted since the start
+        self._start: Place = {}  # just before it
+        self._place: Place = {}  # just behind the last one
+        self._epoch = 0
+        self._readers: dict[Key, set[Reader]] = {}
+        self._of_project: dict[int, set[Reader]] = {}
+        self._keyed = 0
+        self._unsettled_sleepers: set[Reader] = set()
+
+    @property
+    def place(self) -> Place:
+        """The place behind everything in here."""
+        return self._place
+
+    @property
+    def reader_count(self) -> int:
+        """How many readers there are."""
+        return sum(len(readers) for readers in self._of_project.values())
+
+    @property
+    def event_count(self) -> int:
+        """How many events are held."""
+        return self._events
+
+    def add(self, project_id: int, place: Place, wanted: Filter) -> Reader:
+        """A new reader at a place; `remove` it."""
+        reader = Reader(project_id, place, wanted, self._epoch)
+        for key in reader.keys:
+            self._readers.setdefault(key, set()).add(reader)
+        self._of_project.setdefault(project_id, set()).add(reader)
+        self._keyed += reader.is_keyed
+        return reader
+
+    def remove(self, reader: Reader) -> None:
+        """Forget a reader."""
+        for key in reader.keys:
+            _discard(self._readers, key, reader)
+        _discard(self._of_project, reader.project_id, reader)
+        self._keyed -= reader.is_keyed
+        self._unsettled_sleepers.discard(reader)
+
+    def begin(self, place: Place) -> None:
+        """Forget all batches and go on at a place that readers need not have seen.
+
+        Only while there are no readers, else they would miss what lies between.
+        """
+        assert not self.reader_count
+        self._restart(place)
+
+    def begin_anew(self, place: Place) -> None:
+        """The same in another history: what readers are at means nothing any more."""
+        self._epoch += 1
+        self._restart(place)
+        self.wake_all()
+
+    def _restart(self, place: Place) -> None:
+        self._first += len(self._batches) + 1
+        self._batches.clear()
+        self._events = 0
+        self._start = self._place = place
+
+    def is_of_this_history(self, reader: Reader) -> bool:
+        """Whether the history is still the one in which the reader began."""
+        return reader.epoch == self._epoch
+
+    def append(self, events: Sequence[Event]) -> None:
+        """The next page of the feed; wakes those whom it is for."""
+        before, number = self._place, self._next
+        batch = Batch(events, advance(before, events))
+        self._batches.append(batch)
+        self._events += batch.size
+        self._place = batch.behind
+        while self._events > RING_EVENTS:
+            dropped = self._batches.popleft()
+            self._events -= dropped.size
+            self._start = dropped.behind
+            self._first += 1
+        for reader in self._told_by(batch):
+            if reader.is_asleep and reader.settled:
+                reader.number, reader.place = number, before
+                _wake(reader)
+        for reader in self._unsettled_sleepers:
+            _wake(reader)
+        self._unsettled_sleepers.clear()
+
+    def _told_by(self, batch: Batch) -> Iterator[Reader]:
+        for project_id in batch.projects():
+            yield from self._readers.get((project_id,), ())
+        if not self._keyed:
+            return
+        for key in batch.index():
+            yield from self._readers.get(key, ())
+        for project_id in batch.projects_told():
+            yield from self._of_project.get(project_id, ())
+
+    @property
+    def _next(self) -> int:
+        return self._first + len(self._batches)
+
+    def try_join(self, reader: Reader) -> None:
+        """Let a reader go on in the ring, if it has seen all that came before."""
+        if not covers(reader.place, self._start):
+            return
+        number = self._first
+        for batch in self._batches:
+            if not covers(reader.place, batch.behind):
+                break
+            number += 1
+        reader.number = number
+        reader.settled = number == self._next and covers(self._place, reader.place)
+
+    def has(self, reader: Reader) -> bool:
+        """Whether the reader's next batch is here, or will be the next to come."""
+        return reader.number is not None and reader.number >= self._first
+
+    def read(self, reader: Reader) -> tuple[Sequence[Entry], bool]:
+        """The reader's next batch, as far as it may want it, and whether there is another."""
+        assert reader.number is not None
+        if reader.number == self._next:
+            return (), False
+        batch = self._batches[reader.number - self._first]
+        reader.number += 1
+        entries = batch.entries_for(reader)
+        if reader.settled:
+            reader.place = batch.behind
+        else:
+            seen = reader.place
+            entries = [e for e in entries if e.event.seq > seen.get(e.event.lane, ORIGIN).seq]
+            reader.place = join(seen, batch.behind)
+            reader.settled = covers(batch.behind, reader.place)
+        return entries, reader.number < self._next
+
+    async def sleep(self, reader: Reader, timeout_s: float) -> bool:
+        """Wait until there may be something for the reader. False: nothing came in this time."""
+        if not self.has(reader) or reader.number != self._next:
+            return True
+        if not self.is_of_this_history(reader):
+            return True
+        loop = asyncio.get_running_loop()
+        reader.waiter = loop.create_future()
+        if not reader.settled:
+            self._unsettled_sleepers.add(reader)
+        timer = loop.call_later(timeout_s, self._time_is_up, reader)
+        try:
+            return await reader.waiter
+        finally:
+            timer.cancel()
+            reader.waiter = None
+            self._unsettled_sleepers.discard(reader)
+
+    def _time_is_up(self, reader: Reader) -> None:
+        if reader.is_asleep:
+            if reader.settled:  # nothing up to here was for it
+                reader.number, reader.place = self._next, self._place
+            assert reader.waiter is not None
+            reader.waiter.set_result(False)
+
+    def wake_all(self) -> None:
+        """Every reader that sleeps looks again."""
+        for readers in self._of_project.values():
+            for reader in readers:
+                _wake(reader)
+
+
+def _wake(reader: Reader) -> None:
+    if reader.waiter is not None and not reader.waiter.done():
+        reader.waiter.set_result(True)
+
+
+def _discard(sets: dict[Any, set[Reader]], key: Hashable, reader: Reader) -> None:
+    readers = sets[key]
+    readers.discard(reader)
+    if not readers:
+        del sets[key]
