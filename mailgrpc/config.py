@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from mailgrpc.core.message import DEFAULT_CHANNEL
 from mailgrpc.errors import SettingsError
 
 PREFIX = "MAILGRPC_"
-DEFAULT_CHANNEL = "default"
 _CHANNEL_VARIABLE = re.compile(r"MAILGRPC_CHANNEL_(?:(?P<name>[A-Z0-9_]+)_)?URL(?P<file>_FILE)?")
 _CHANNEL_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -88,6 +88,7 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 
 def _setting(default: Any, parse: Callable[[str], Any], doc: str, *, secret: bool = False) -> Any:
+    # Without a `doc` it is between our own processes, and not shown.
     metadata = {"parse": parse, "doc": doc, "secret": secret}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -147,12 +148,11 @@ class Settings:
         7 * 86400.0, _parse_seconds, "how long events can be resumed from (at least 72 h)"
     )
     channels: Mapping[str, str] = field(default_factory=dict, metadata={"secret": True})
-    ready_fd: int | None = _setting(
-        None, _parse_count, "set by `mailgrpc up`: where a child says that it is ready"
-    )
-    under_up: bool = _setting(
-        False, lambda text: text == "1", "set by `mailgrpc up`: one log for all, for people"
-    )
+
+    # Set by `mailgrpc up` for its children: where to say that one is ready, and that there is one
+    # log for all, for people.
+    ready_fd: int | None = _setting(None, _parse_count, "")
+    under_up: bool = _setting(False, lambda text: text == "1", "")
 
     test_database_url: str | None = _setting(
         None, str, "a PostgreSQL server for `mailgrpc.testing`, instead of an embedded one", secret=True
@@ -216,6 +216,8 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
     rows = []
     for f in fields(Settings):
         value = getattr(settings, f.name)
+        if f.metadata.get("doc") == "":
+            continue
         if f.name == "channels":
             for name, url in sorted(value.items()):
                 rows.append((f"channel {name}", hide_password(url), "where mail of it goes"))
@@ -234,6 +236,7 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
 
 def hide_password(url: str) -> str:
     """The URL with its password replaced, fit for a log."""
+    url = re.sub(r"(?<=[?&]password=)[^&]*", "****", url)
     parts = urlsplit(url)
     if "@" not in parts.netloc:
         return url

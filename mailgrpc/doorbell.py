@@ -36,6 +36,7 @@ _RINGS_KEPT = 16
 _PUSH_EVERY_S = 0.005
 _JOB_EVERY_S = 0.25
 _RECONNECT_S = 0.5
+_AHEAD_S = 600.0
 _BROKEN = (RedisError, OSError, asyncio.TimeoutError)
 
 
@@ -74,8 +75,13 @@ class Doorbell:
         self._want(_FEED)
 
     def ring_at(self, when: datetime) -> None:
-        """Deliveries will be due at `when`, within minutes: one deferred job a second."""
-        self._want(f"{int(when.timestamp()) + 1}")
+        """Deliveries will be due at `when`: one deferred job a second.
+
+        What lies further ahead is not rung for: `scheduled` holds it, and the sweeper moves it.
+        """
+        second = int(when.timestamp()) + 1
+        if second - time.time() < _AHEAD_S:
+            self._want(str(second))
 
     async def heard_ring(self, timeout_s: float) -> bool:
         """Wait for a ring. False after the time-out, or soon when Redis cannot be asked."""

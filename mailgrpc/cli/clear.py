@@ -22,7 +22,8 @@ _COUNTED = 100_000  # the most that one call counts
 @click.command()
 @click.option(
     "--before",
-    type=ago, metavar="TIME",
+    type=ago,
+    metavar="TIME",
     required=True,
     help="Only messages accepted before (ISO 8601, or 30d ago).",
 )
@@ -76,9 +77,7 @@ def _agreed(counted: pb.ClearResponse) -> bool:
     return click.confirm(f"Remove {more}{counted.cleared_count} messages?", err=True)
 
 
-def _clear(
-    client: MailClient, request: pb.ClearRequest, output: Output, *, as_json: bool
-) -> None:
+def _clear(client: MailClient, request: pb.ClearRequest, output: Output, *, as_json: bool) -> None:
     total = pb.ClearResponse(more=True)
     while total.more:
         answer = client.clear(request)

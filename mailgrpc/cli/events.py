@@ -20,7 +20,12 @@ from mailgrpc.v1.delivery_pb2 import MessageFilter
 @click.option("--token", default="", help="After this place; without it, from now.")
 @filter_options
 @click.option("--limit", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--wait", type=duration, metavar="DURATION", help="How long to wait for the first event, up to 60s.")
+@click.option(
+    "--wait",
+    type=duration,
+    metavar="DURATION",
+    help="How long to wait for the first event, up to 60s.",
+)
 @json_option
 @pass_session
 def events(

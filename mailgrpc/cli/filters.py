@@ -27,7 +27,9 @@ _OPTIONS = (
         type=click.Choice(STATES, case_sensitive=False),
         help="Only in one of these states; of events, the new state.",
     ),
-    click.option("--since", type=ago, metavar="TIME", help="Only messages accepted since (ISO, or 2h)."),
+    click.option(
+        "--since", type=ago, metavar="TIME", help="Only messages accepted since (ISO, or 2h)."
+    ),
 )
 
 

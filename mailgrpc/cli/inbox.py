@@ -16,9 +16,7 @@ INBOX = "inbox"
 
 
 @click.group(invoke_without_command=True)
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="The directory of `mailgrpc up`."
-)
+@click.option("--data-dir", type=click.Path(path_type=Path), help="The directory of `mailgrpc up`.")
 @click.pass_context
 def inbox(ctx: click.Context, data_dir: Path | None) -> None:
     """Look at the mails that the local inbox caught.

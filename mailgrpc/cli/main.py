@@ -49,6 +49,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "call": Entry("Call any method with JSON."),
     },
     "Look after": {
+        "key": Entry("Make, list and revoke API keys. Asks the database, not the server.", "server"),
         "config": Entry("Print all settings, secrets hidden."),
         "doctor": Entry("Check all that mailgrpc needs.", "server"),
     },
@@ -59,10 +60,16 @@ COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in sect
 class Root(click.Group):
     """Loads a command when it is asked for, and ends every error in one line."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """All names, none loaded."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        cmd_name: str,
+    ) -> click.Command | None:
+        """Load one. Raises ClickException with what to install."""
         if cmd_name not in COMMANDS:
             return None
         try:
@@ -72,7 +79,12 @@ class Root(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        formatter: click.HelpFormatter,
+    ) -> None:
+        """The table, by sections."""
         width = max(map(len, COMMANDS))
         for title, entries in SECTIONS.items():
             with formatter.section(title):
@@ -80,6 +92,7 @@ class Root(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run, and tell an error in one line."""
         try:
             return super().invoke(ctx)
         except MailgrpcError as error:
@@ -116,9 +129,7 @@ def _not_installed(command: str, error: ModuleNotFoundError) -> Exception:
     help="The API key to call it with; better given by MAILGRPC_API_KEY or MAILGRPC_API_KEY_FILE,"
     " since other users can see a command line.",
 )
-@click.option(
-    "--ca-file", metavar="PEM", help="Roots to trust; turns TLS on. [MAILGRPC_CA_FILE]"
-)
+@click.option("--ca-file", metavar="PEM", help="Roots to trust; turns TLS on. [MAILGRPC_CA_FILE]")
 @click.option(
     "--timeout",
     "timeout_s",

@@ -66,7 +66,7 @@ class Output:
         if not self.is_terminal:
             self._write("  ".join(padded).rstrip())
             return
-        from rich.text import Text
+        from rich.text import Text  # noqa: PLC0415
 
         parts = [(text, _style(cell)) for text, cell in zip(padded, cells, strict=True)]
         line = Text("  ").join(Text(text, style=style) for text, style in parts)
@@ -79,8 +79,8 @@ class Output:
             for row in rows:
                 self.line(*row)
             return
-        from rich.table import Table
-        from rich.text import Text
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in heading:
@@ -106,7 +106,7 @@ class Output:
 
     def _rich(self) -> Console:
         if self._console is None:
-            from rich.console import Console
+            from rich.console import Console  # noqa: PLC0415
 
             self._console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
         return self._console

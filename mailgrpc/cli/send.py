@@ -65,13 +65,22 @@ def _body(text: str | None, path: str | None) -> str:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A file that goes with it.",
 )
-@click.option("--header", multiple=True, type=pair, metavar="KEY=VALUE", help="An additional header.")
+@click.option(
+    "--header", multiple=True, type=pair, metavar="KEY=VALUE", help="An additional header."
+)
 @click.option("--category", "categories", multiple=True, help="What kind of mail it is, by name.")
 @click.option(
     "--flag", "bits", multiple=True, type=click.IntRange(1, 30), help="The same by bit, 1 to 30."
 )
 @click.option("--tag", "tags", multiple=True, help="A label to filter by.")
-@click.option("--arg", "custom_args", multiple=True, type=pair, metavar="KEY=VALUE", help="Comes back in events.")
+@click.option(
+    "--arg",
+    "custom_args",
+    multiple=True,
+    type=pair,
+    metavar="KEY=VALUE",
+    help="Comes back in events.",
+)
 @click.option("--correlation-id", default="", help="What it belongs to, e.g. an order.")
 @click.option(
     "--mode",
@@ -80,14 +89,26 @@ def _body(text: str | None, path: str | None) -> str:
 )
 @click.option("--priority", type=click.Choice(["bulk", "normal", "high", "urgent"]))
 @click.option("--channel", default="", help="Through which channel; `default` by default.")
-@click.option("--at", "send_at", type=ahead, metavar="TIME", help="Not before (ISO 8601, or 10m from now).")
+@click.option(
+    "--at", "send_at", type=ahead, metavar="TIME", help="Not before (ISO 8601, or 10m from now)."
+)
 @click.option("--expire", "expire_at", type=ahead, metavar="TIME", help="Not after.")
-@click.option("--dedupe", type=duration, metavar="DURATION", help="Not if the same went to them within this time.")
+@click.option(
+    "--dedupe",
+    type=duration,
+    metavar="DURATION",
+    help="Not if the same went to them within this time.",
+)
 @click.option("--request-id", default="", help="Repeating the command with it never sends twice.")
 @click.option("--validate-only", is_flag=True, help="Check it and store nothing.")
 @click.option("--wait", is_flag=True, help="Wait for the end, and show what happens on stderr.")
 @click.option(
-    "--wait-timeout", type=duration, metavar="DURATION", default="60s", show_default=True, help="At most that long."
+    "--wait-timeout",
+    type=duration,
+    metavar="DURATION",
+    default="60s",
+    show_default=True,
+    help="At most that long.",
 )
 @json_option
 @pass_session
@@ -177,7 +198,9 @@ def _wait(
     message_id = response.message_id
     for event in client.follow(message_id, token=response.resume_token, timeout_s=timeout_s):
         since = Styled(f"+{time.monotonic() - begun_at:.3f}", "dim")
-        notes.line(since, event.recipient, move_cell(event), event_detail(event), widths=[8, 28, 20])
+        notes.line(
+            since, event.recipient, move_cell(event), event_detail(event), widths=[8, 28, 20]
+        )
     answer = client.get_status(pb.GetStatusRequest(message_id=message_id))
     if json_output is not None:
         json_output.json(answer)

@@ -40,13 +40,13 @@ class Session:
 
     def policy(self) -> CallPolicy:
         """For a person who waits: an answer within `--timeout`, good or bad."""
-        from mailgrpc.client import CallPolicy  # grpc is not loaded for --help
+        from mailgrpc.client import CallPolicy  # noqa: PLC0415
 
         return CallPolicy(timeout_s=self._timeout_s, try_timeout_s=self._timeout_s)
 
     def client(self) -> MailClient:
         """A client of the server that the settings name; to be closed."""
-        from mailgrpc.client import MailClient
+        from mailgrpc.client import MailClient  # noqa: PLC0415
 
         return MailClient.from_settings(
             self.settings, policy=self.policy(), on_retry=self._complain
@@ -54,16 +54,14 @@ class Session:
 
     def endpoint(self) -> Endpoint:
         """Where the settings say that the server is."""
-        from mailgrpc.client.endpoint import Endpoint
+        from mailgrpc.client.endpoint import Endpoint  # noqa: PLC0415
 
         settings = self.settings
-        return Endpoint(
-            target=settings.target, api_key=settings.api_key, ca_file=settings.ca_file
-        )
+        return Endpoint(target=settings.target, api_key=settings.api_key, ca_file=settings.ca_file)
 
     def explain(self, error: MailgrpcError) -> str:
         """One line that says what is wrong and what to do."""
-        from mailgrpc.client import AccessDeniedError, InvalidRequestError, UnavailableError
+        from mailgrpc.client import AccessDeniedError, InvalidRequestError, UnavailableError  # noqa: PLC0415
 
         if isinstance(error, UnavailableError) and not error.reason:
             return self._unreachable(error)
@@ -85,7 +83,7 @@ class Session:
             )
         return f"no answer from {target}: {error.text or error.code.name}"
 
-    def _complain(self, error: MailError, wait_s: float) -> None:
+    def _complain(self, error: MailError, _wait_s: float) -> None:
         """Say once that it takes longer, so that nobody waits in the dark."""
         if not self._complained:
             self._complained = True

@@ -1,5 +1,8 @@
-"""What the demo does once everything runs. Each line that it prints comes from an answer, an event
-of the stream or a file of the inbox; what is not as it should be ends it with a reason."""
+"""What the demo does once everything runs.
+
+Each line that it prints comes from an answer, an event of the stream or a file of the inbox; what
+is not as it should be ends it with a reason.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ import click
 from mailgrpc.cli.output import Output, Styled
 from mailgrpc.cli.words import event_detail, move_cell, state_name, suppression_name
 from mailgrpc.client import AsyncMailClient, AsyncWatch, MailError, compose
-from mailgrpc.client.calls import UNENDED
 from mailgrpc.client.compose import duration
+from mailgrpc.client.following import UNENDED
 from mailgrpc.embedded.mailbox import StoredMail, list_inbox, read_mail
 from mailgrpc.v1 import mail_service_pb2 as pb
 from mailgrpc.v1.delivery_pb2 import DeliveryState
@@ -51,6 +54,7 @@ class Told:
 
     @property
     def has_ended(self) -> bool:
+        """Whether the stream has told its end."""
         return bool(self.states) and self.states[-1] not in UNENDED
 
 

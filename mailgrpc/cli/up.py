@@ -15,7 +15,6 @@ from rich.console import Console
 from mailgrpc.config import Settings, load_settings
 from mailgrpc.embedded.familylog import FamilyLog
 from mailgrpc.embedded.stack import Running, Stack
-from mailgrpc.errors import MailgrpcError
 
 EXIT_IMPATIENT = 130
 """A second Ctrl-C: ended, but not in order."""
@@ -36,12 +35,8 @@ def up(data_dir: Path | None, listen: str | None, quiet: bool) -> None:
     log = FamilyLog(sys.stdout, colours=colours, quiet=quiet)
     given = {"data_dir": data_dir and str(data_dir), "listen": listen}
     overrides = {name: text for name, text in given.items() if text}
-    try:
-        settings = load_settings(overrides=overrides, warn=log.say)
-        code = asyncio.run(_run(settings, log))
-    except MailgrpcError as error:
-        raise click.ClickException(str(error)) from error
-    sys.exit(code)
+    settings = load_settings(overrides=overrides, warn=log.say)
+    sys.exit(asyncio.run(_run(settings, log)))
 
 
 async def _run(settings: Settings, log: FamilyLog) -> int:

@@ -16,7 +16,11 @@ from mailgrpc.v1 import mail_service_pb2 as pb
 from mailgrpc.v1.delivery_pb2 import MessageFilter
 from mailgrpc.v1.event_pb2 import Event
 
-_SNAPSHOTS = {"none": pb.SNAPSHOT_UNSPECIFIED, "unended": pb.SNAPSHOT_UNENDED, "all": pb.SNAPSHOT_ALL}
+_SNAPSHOTS = {
+    "none": pb.SNAPSHOT_UNSPECIFIED,
+    "unended": pb.SNAPSHOT_UNENDED,
+    "all": pb.SNAPSHOT_ALL,
+}
 
 
 @click.command()
@@ -29,7 +33,9 @@ _SNAPSHOTS = {"none": pb.SNAPSHOT_UNSPECIFIED, "unended": pb.SNAPSHOT_UNENDED, "
     help="Begin with the messages as they are; `all` needs a filter, such as --since 1h.",
 )
 @click.option("--heartbeat", type=duration, metavar="DURATION", default="15s", show_default=True)
-@click.option("--for", "stop_after", type=duration, metavar="DURATION", help="Stop after this time.")
+@click.option(
+    "--for", "stop_after", type=duration, metavar="DURATION", help="Stop after this time."
+)
 @json_option
 @pass_session
 def watch(

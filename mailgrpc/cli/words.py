@@ -85,7 +85,8 @@ def delivery_detail(delivery: Delivery) -> str:
         parts.append(result_text(delivery.last_result))
     if state == DeliveryState.DELIVERY_STATE_DEFERRED or (
         state == DeliveryState.DELIVERY_STATE_QUEUED
-        and delivery.wait_reason not in (WaitReason.WAIT_REASON_UNSPECIFIED, WaitReason.WAIT_REASON_DUE)
+        and delivery.wait_reason
+        not in (WaitReason.WAIT_REASON_UNSPECIFIED, WaitReason.WAIT_REASON_DUE)
     ):
         parts.append(next_try(delivery))
     if delivery.attempt_count > 1:

@@ -27,7 +27,9 @@ async def _work(settings: Settings, stop: asyncio.Event, burst: bool) -> None:
     try:
         worker = Worker(settings, database)
         if burst:
+            stopper = asyncio.create_task(_stop_claiming(worker, stop))
             await worker.burst()
+            stopper.cancel()
             return
         await worker.start()
         arq = None
@@ -38,6 +40,12 @@ async def _work(settings: Settings, stop: asyncio.Event, burst: bool) -> None:
         await stop.wait()
         if arq is not None:
             arq.cancel()
+            await asyncio.gather(arq, return_exceptions=True)
         await worker.stop()
     finally:
         await database.close()
+
+
+async def _stop_claiming(worker: Worker, stop: asyncio.Event) -> None:
+    await stop.wait()
+    worker.stop_claiming()

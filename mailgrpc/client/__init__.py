@@ -21,7 +21,14 @@ Read `calls` for what it does, `transport` for how one text serves threads and a
 """
 
 from mailgrpc.client.calls import Receipt
-from mailgrpc.client.clients import AsyncEvents, AsyncMailClient, AsyncWatch, Events, MailClient, Watch
+from mailgrpc.client.clients import (
+    AsyncEvents,
+    AsyncMailClient,
+    AsyncWatch,
+    Events,
+    MailClient,
+    Watch,
+)
 from mailgrpc.client.compose import Mail, compose, new_request_id
 from mailgrpc.client.errors import (
     AccessDeniedError,

@@ -31,11 +31,14 @@ class Source(Protocol):
     """Where events come from: a Watcher, or a Following."""
 
     @property
-    def token(self) -> str: ...
+    def token(self) -> str:
+        """The place up to which all was handed over and dealt with."""
 
-    async def next_event(self) -> Event | None: ...
+    async def next_event(self) -> Event | None:
+        """The next event; None at the end."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End it, from any thread."""
 
 
 class AsyncEvents:
@@ -46,6 +49,7 @@ class AsyncEvents:
 
     @property
     def token(self) -> str:
+        """The place up to which the reader has dealt with them: the one to store."""
         return self._source.token
 
     def __aiter__(self) -> Self:
@@ -92,6 +96,7 @@ class Events:
 
     @property
     def token(self) -> str:
+        """The place up to which the reader has dealt with them: the one to store."""
         return self._source.token
 
     def __iter__(self) -> Self:
@@ -140,12 +145,12 @@ def _opened(
 class AsyncMailClient(MailCalls):
     """The client for asyncio. It belongs to the event loop in which it is first used.
 
-        async with AsyncMailClient("mail.internal:50051", api_key=key) as client:
-            receipt = await client.send(
-                sender="shop@example.org", to="ada@example.org", subject="Receipt", text="…"
-            )
-            async for event in client.watch(token=receipt.response.resume_token):
-                …
+    async with AsyncMailClient("mail.internal:50051", api_key=key) as client:
+        receipt = await client.send(
+            sender="shop@example.org", to="ada@example.org", subject="Receipt", text="…"
+        )
+        async for event in client.watch(token=receipt.response.resume_token):
+            …
     """
 
     def __init__(
@@ -200,12 +205,12 @@ def _blocking_opened(
 class MailClient:
     """The blocking client. Threads may share it, and a forked child may go on using it.
 
-        with MailClient("mail.internal:50051", api_key=key) as client:
-            receipt = client.send(
-                sender="shop@example.org", to="ada@example.org", subject="Receipt", text="…"
-            )
-            for event in client.watch(token=receipt.response.resume_token):
-                …
+    with MailClient("mail.internal:50051", api_key=key) as client:
+        receipt = client.send(
+            sender="shop@example.org", to="ada@example.org", subject="Receipt", text="…"
+        )
+        for event in client.watch(token=receipt.response.resume_token):
+            …
     """
 
     def __init__(
@@ -257,7 +262,7 @@ class MailClient:
 
 def _connection(settings: Settings | None) -> dict[str, Any]:
     if settings is None:
-        from mailgrpc.config import load_settings  # only who asks for settings reads them
+        from mailgrpc.config import load_settings  # noqa: PLC0415  only who asks reads them
 
         settings = load_settings()
     return {"target": settings.target, "api_key": settings.api_key, "ca_file": settings.ca_file}

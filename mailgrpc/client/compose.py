@@ -1,5 +1,8 @@
-"""From plain Python values to an EnqueueRequest. What is wrong with a mail the server says; here
-only what cannot be expressed in the contract is refused, with TypeError or ValueError."""
+"""From plain Python values to an EnqueueRequest.
+
+What is wrong with a mail the server says. Here only what the contract cannot express is refused,
+with TypeError or ValueError.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal, Required, TypeAlias, TypedDict, Unpack
+from typing import Literal, TypeAlias, TypedDict, Unpack
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -33,19 +36,22 @@ File: TypeAlias = str | os.PathLike[str] | tuple[str, bytes] | Attachment
 """A path, (filename, content), or the contract's own: that one can be shown inline."""
 
 
-class Mail(TypedDict, total=False):
+class _Needed(TypedDict):
+    sender: Address
+    subject: str
+
+
+class Mail(_Needed, total=False):
     """The arguments of `send` and `compose`. What is left out has the contract's default.
 
     Times are aware datetimes. `headers` keep their order. At least one of `text` and `html` is
-    needed, and the server says so.
+    needed, and the server says so. `sender` and `subject` are needed, too.
     """
 
-    sender: Required[Address]
     to: Address | Iterable[Address]
     cc: Address | Iterable[Address]
     bcc: Address | Iterable[Address]
     reply_to: Address | Iterable[Address]
-    subject: Required[str]
     text: str
     html: str
     headers: Mapping[str, str] | Iterable[tuple[str, str]]
@@ -72,10 +78,10 @@ def compose(**mail: Unpack[Mail]) -> EnqueueRequest:
     Raises TypeError for arguments that do not exist or are missing, ValueError for values that
     the contract cannot express, OSError for files that cannot be read.
     """
-    if unknown := mail.keys() - Mail.__annotations__.keys():
-        raise TypeError(f"unknown argument {sorted(unknown)[0]!r}")
+    if unknown := mail.keys() - Mail.__required_keys__ - Mail.__optional_keys__:
+        raise TypeError(f"unknown argument {min(unknown)!r}")
     if missing := Mail.__required_keys__ - mail.keys():
-        raise TypeError(f"argument {sorted(missing)[0]!r} is missing")
+        raise TypeError(f"argument {min(missing)!r} is missing")
     request = EnqueueRequest(
         request_id=mail.get("request_id") or new_request_id(),
         message=_message(mail),
@@ -161,8 +167,7 @@ def _several(addresses: Address | Iterable[Address]) -> Iterable[Address]:
 
 def _recipients(addresses: Address | Iterable[Address]) -> list[Recipient]:
     return [
-        Recipient(address=box.address, name=box.name)
-        for box in map(_mailbox, _several(addresses))
+        Recipient(address=box.address, name=box.name) for box in map(_mailbox, _several(addresses))
     ]
 
 

@@ -99,8 +99,10 @@ class ExhaustedError(MailError):
 
 
 class UnavailableError(MailError):
-    """Nobody answered, or not in time. The request was carried out or it was not: repeating it
-    with the same request_id settles that."""
+    """Nobody answered, or not in time.
+
+    The request was carried out or it was not: repeating it with the same request_id settles that.
+    """
 
 
 class NotEndedError(UnavailableError, TimeoutError):
@@ -163,9 +165,7 @@ def _read_details(trailers: Trailers) -> tuple[str, list[Violation], float | Non
         elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             bad = error_details_pb2.BadRequest()
             detail.Unpack(bad)
-            violations = [
-                Violation(v.field, v.reason, v.description) for v in bad.field_violations
-            ]
+            violations = [Violation(v.field, v.reason, v.description) for v in bad.field_violations]
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry = error_details_pb2.RetryInfo()
             detail.Unpack(retry)

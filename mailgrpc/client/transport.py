@@ -70,6 +70,7 @@ class AioTransport:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def call(self, method: str, request: Message, timeout_s: float) -> Message:
+        """Make one try."""
         try:
             answer: Message = await self._method(method)(
                 request, timeout=timeout_s, metadata=self._endpoint.metadata
@@ -79,15 +80,19 @@ class AioTransport:
         return answer
 
     def stream(self, method: str, request: Message) -> Stream:
+        """Begin a stream."""
         return _AioStream(self._method(method)(request, metadata=self._endpoint.metadata))
 
     def now(self) -> float:
+        """Seconds of the monotonic clock."""
         return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
+        """Let time pass for this task."""
         await asyncio.sleep(seconds)
 
     async def close(self) -> None:
+        """End the connection."""
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
@@ -140,6 +145,7 @@ class BlockingTransport:
         self._pid = 0
 
     async def call(self, method: str, request: Message, timeout_s: float) -> Message:
+        """Make one try."""
         try:
             answer: Message = self._method(method)(
                 request, timeout=timeout_s, metadata=self._endpoint.metadata
@@ -149,15 +155,19 @@ class BlockingTransport:
         return answer
 
     def stream(self, method: str, request: Message) -> Stream:
+        """Begin a stream."""
         return _BlockingStream(self._method(method)(request, metadata=self._endpoint.metadata))
 
     def now(self) -> float:
+        """Seconds of the monotonic clock."""
         return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
+        """Let time pass for this thread, unless the client is closed."""
         self._closed.wait(seconds)
 
     async def close(self) -> None:
+        """End the connection; who waits between two tries is woken."""
         with self._lock:
             self._closed.set()
             channel, self._channel, self._stub = self._channel, None, None

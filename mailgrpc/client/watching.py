@@ -49,16 +49,20 @@ class Update:
 
     @property
     def token(self) -> str:
-        """The place after it: the one to store, once this update is dealt with. Empty until the
-        snapshot that was asked for is complete."""
+        """The place after it: the one to store, once this update is dealt with.
+
+        Empty until the snapshot that was asked for is complete.
+        """
         return self.response.resume_token
 
     @property
     def events(self) -> Sequence[Event]:
+        """What happened, in order."""
         return self.response.events
 
     @property
     def snapshot(self) -> Sequence[MessageStatus]:
+        """A part of the snapshot."""
         return self.response.snapshot
 
     @property

@@ -144,6 +144,13 @@ WITHOUT_PROOF = frozenset(
 )
 """States that rest on no proof about the last attempt: a late result may still correct them."""
 
+LATE_PROOF: Mapping[Outcome, State] = {
+    Outcome.ACCEPTED: State.SENT,
+    Outcome.REJECTED: State.FAILED,
+}
+"""Where a late result takes a delivery that rests on no proof; the other outcomes prove nothing
+that its state does not say already."""
+
 AGGREGATE_ORDER = (
     State.SENDING,
     State.QUEUED,
@@ -244,16 +251,15 @@ def next_step(
 def late_step(delivery: Delivery, result: Result) -> Step | None:
     """What a result that came late means; None where it changes nothing but its attempt.
 
-    Asked when the attempt is the last one started and the delivery is no longer SENDING. Only
-    proof moves it, and only where the state rests on none: a pending retry is then dropped.
+    For an attempt that is the last one started, of a delivery that is no longer SENDING. Only
+    proof moves it, and only where the state rests on none: a pending retry is then dropped. The
+    database carries this out as it stores the result (`record_outcomes`); the two are tested
+    against each other.
     """
-    if delivery.state not in WITHOUT_PROOF:
+    state = LATE_PROOF.get(result.outcome)
+    if state is None or delivery.state not in WITHOUT_PROOF:
         return None
-    if result.outcome is Outcome.ACCEPTED:
-        return Step(State.SENT, delivery.possibly_sent)
-    if result.outcome is Outcome.REJECTED:
-        return Step(State.FAILED, delivery.possibly_sent)
-    return None
+    return Step(state, delivery.possibly_sent)
 
 
 def aggregate(states: set[State]) -> State:

@@ -142,35 +142,44 @@ class Filter:
         """
         if event.kind is EventKind.MESSAGES_CLEARED or self.is_empty:
             return True
-        if self.message_ids and event.message_id not in self.message_ids:
-            return False
-        if not self._accepted_in_time(event):
+        if not self._names(event.message_id, event.labels.created_at):
             return False
         if event.kind is EventKind.MESSAGE_REMOVED:
             return True
-        if self.correlation_ids and event.labels.correlation_id not in self.correlation_ids:
-            return False
-        if self.tags and self.tags.isdisjoint(event.labels.tags):
-            return False
-        delivery = event.delivery
-        if delivery is None:  # about a whole message
-            return True
-        if self.recipients and delivery.recipient not in self.recipients:
-            return False
-        return not self.states or delivery.state in self.states
+        return self._knows(event.labels) and (event.delivery is None or self._fits(event.delivery))
 
-    def _accepted_in_time(self, event: Event) -> bool:
-        if self.created_after is None and self.created_before is None:
+    def means(self, status: MessageStatus) -> bool:
+        """Whether a message is meant, as it is now."""
+        if self.is_empty:
             return True
-        created_at, slack = event.labels.created_at, timedelta(0)
+        return (
+            self._names(status.message_id, status.created_at)
+            and self._knows(status.labels)
+            and any(self._fits(delivery) for delivery in status.deliveries)
+        )
+
+    def _names(self, message_id: uuid.UUID | None, created_at: datetime | None) -> bool:
+        if self.message_ids and message_id not in self.message_ids:
+            return False
+        slack = timedelta(0)
         if created_at is None:
-            if event.message_id is None:
+            if message_id is None:
                 return True
             # Gone: its id has the time, by another clock. Rather one fact more than a ghost.
-            created_at, slack = created_at_of(event.message_id), CLOCK_SLACK
+            created_at, slack = created_at_of(message_id), CLOCK_SLACK
         if self.created_after is not None and created_at + slack < self.created_after:
             return False
         return self.created_before is None or created_at - slack < self.created_before
+
+    def _knows(self, labels: Labels) -> bool:
+        if self.correlation_ids and labels.correlation_id not in self.correlation_ids:
+            return False
+        return not self.tags or not self.tags.isdisjoint(labels.tags)
+
+    def _fits(self, delivery: Delivery) -> bool:
+        if self.recipients and delivery.recipient not in self.recipients:
+            return False
+        return not self.states or delivery.state in self.states
 
 
 EVERYTHING = Filter()

@@ -23,6 +23,8 @@ _LOCAL_PART = re.compile(r"(?P<kind>temperror|permerror|timeout|drop)(?:\+(?P<ti
 
 
 class MagicKind(enum.Enum):
+    """The misbehaviours; the value is the address's local part."""
+
     TEMPERROR = "temperror"
     PERMERROR = "permerror"
     TIMEOUT = "timeout"

@@ -141,6 +141,9 @@ class Submission:
     validate_only: bool = False
 
 
+DEFAULT_CHANNEL = "default"
+"""The channel of a message that names none."""
+
 MAX_RECIPIENTS = 100
 MAX_REQUEST_BYTES = 10 * 1024 * 1024
 DEFAULT_EXPIRY = timedelta(days=5)

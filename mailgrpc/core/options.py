@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 
 from mailgrpc.core.delivery import Mode
 from mailgrpc.core.message import (
+    DEFAULT_CHANNEL,
     MAX_DEDUPE_WINDOW,
     MAX_EXPIRY_AHEAD,
     MAX_SEND_AHEAD,
@@ -23,9 +24,6 @@ from mailgrpc.core.message import (
 )
 from mailgrpc.core.text import check_text, fits
 from mailgrpc.errors import Reason, Violation
-
-DEFAULT_CHANNEL = "default"
-"""The channel of a message that names none."""
 
 MAX_CHANNEL = 63
 MAX_ATTEMPTS = 100

@@ -45,6 +45,8 @@ class Position:
 
 Place = Mapping[int, Position]
 ORIGIN = Position(0)
+HISTORY_GONE = "this place in the history no longer exists; take a snapshot and go on from there"
+"""What the owner of an expired token is told."""
 
 
 def advance(place: Place, events: Sequence[Event]) -> dict[int, Position]:
@@ -71,10 +73,8 @@ def join(place: Place, other: Place) -> dict[int, Position]:
 
 def encode_token(project_id: int, place: Place) -> str:
     """The token of a place, for the callers of one project."""
-    parts = [_HEAD.pack(_VERSION, project_id)]
-    for lane in sorted(place):
-        parts.append(_ENTRY.pack(lane, place[lane].seq, place[lane].fingerprint))
-    body = b"".join(parts)
+    entries = [_ENTRY.pack(lane, p.seq, p.fingerprint) for lane, p in sorted(place.items())]
+    body = b"".join([_HEAD.pack(_VERSION, project_id), *entries])
     return _text_of(body + _CHECKSUM.pack(zlib.crc32(body)))
 
 

@@ -5,7 +5,7 @@ The order of a delivery's life, and what each call promises:
     claim_due           leases it to a session; changes no state
     start_deliveries    re-reads everything that forbids a send; only what it returns may be sent
     record_outcomes     writes each result to its attempt always, to its delivery where that
-                        attempt is the running one; answers those that came late
+                        attempt is the running one, or by the rule on late results
     move_deliveries     everything else that changes a state, from a version that was read
 """
 
@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from mailgrpc.core.delivery import Delivery, Result, Step
+from mailgrpc.core.delivery import LATE_PROOF, WITHOUT_PROOF, Delivery, Result, Step
 from mailgrpc.db.engine import Database
 from mailgrpc.db.rows import LAST_ATTEMPT, RESULT_COLUMNS, delivery_of, result_of
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A delivery under this session's lease. `claims` counts how often it was claimed since it
-    last waited; more than 1 means that a worker ended with it."""
+    """A delivery under this session's lease.
+
+    `claims` counts this claim, and those since it last waited whose worker ended with them.
+    """
 
     delivery_id: uuid.UUID
     project_id: int
@@ -34,10 +36,14 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """A batch. `next_due_at` is set where the batch was not full and something is due later."""
+    """A batch.
+
+    Where it is empty, `next_due_in_s` says when something will be due, if anything is: by the clock
+    of PostgreSQL, which need not agree with ours.
+    """
 
     claimed: list[Claimed]
-    next_due_at: datetime | None
+    next_due_in_s: float | None
 
 
 async def claim_due(
@@ -52,12 +58,14 @@ async def claim_due(
         for row in rows
         if row["delivery_id"] is not None
     ]
-    later = [row["next_due_at"] for row in rows if row["delivery_id"] is None]
-    return Claims(claimed, later[0] if later else None)
+    return Claims(claimed, None if claimed else rows[0]["next_due_in_s"])
 
 
 async def release_claims(db: Database, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
-    """Give claimed deliveries back, as if they had not been claimed. Started ones stay."""
+    """Give claimed deliveries back, as if they had not been claimed. Raises StoreUnavailable.
+
+    None of them may be in a start that is under way.
+    """
     await db.write(
         """UPDATE due q SET session_id = NULL, claims = greatest(q.claims - 1, 0)
            FROM deliveries d WHERE d.id = q.delivery_id AND d.state <> 2
@@ -93,8 +101,10 @@ async def start_deliveries(
     """Move claimed deliveries to SENDING, each with its new attempt; the commit is in.
 
     What is not returned is not to be sent: it expired, is suppressed, or is not ours any more.
-    After AmbiguousCommit nothing of it may be sent either; the reaper finds what was committed.
-    Raises SessionEnded, StoreUnavailable.
+    After AmbiguousCommit nothing of it may be sent before the same call, with the same attempts,
+    was run again and has answered: it starts nothing twice, and answers what did start. To give up
+    instead leaves deliveries in SENDING until the session ends. Raises SessionEnded,
+    StoreUnavailable.
     """
     rows = await db.write(
         "SELECT * FROM start_deliveries($1, $2, $3, $4, $5)",
@@ -129,17 +139,16 @@ class Recorded:
     step: Step
 
 
-async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded]) -> set[uuid.UUID]:
-    """Write results. Answers the deliveries that were no longer in this attempt (late results).
+async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded]) -> None:
+    """Write results, late or not. Each delivery at most once in a call. Raises StoreUnavailable.
 
-    Each delivery at most once in a call. Running it again after AmbiguousCommit is harmless: the
-    attempt is there already, and its delivery is then answered as late.
+    Running it again after AmbiguousCommit is harmless: what an attempt knows already moves nothing.
     """
     results = [r.result for r in recorded]
     deliveries = [r.started.delivery for r in recorded]
-    rows = await db.write(
-        "SELECT * FROM record_outcomes($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,"
-        "$17,$18,$19,$20)",
+    await db.write(
+        "SELECT record_outcomes($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,"
+        "$17,$18,$19,$20,$21,$22)",
         lane,
         [d.delivery_id for d in deliveries],
         [r.started.attempt_id for r in recorded],
@@ -160,8 +169,9 @@ async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded])
         [r.step.possibly_sent for r in recorded],
         [r.step.due_at for r in recorded],
         [r.step.wait_reason for r in recorded],
+        [LATE_PROOF.get(r.outcome) for r in results],
+        list(WITHOUT_PROOF),
     )
-    return {row["late_id"] for row in rows}
 
 
 def _milliseconds(result: Result) -> int | None:
@@ -245,26 +255,11 @@ async def read_deliveries(
 ) -> dict[uuid.UUID, Delivery]:
     """The deliveries of these ids, with their last result."""
     rows = await db.fetch(
-        f"SELECT d.*, {RESULT_COLUMNS} FROM deliveries d {LAST_ATTEMPT} "
+        f"SELECT d.*, {RESULT_COLUMNS} FROM deliveries d {LAST_ATTEMPT} "  # noqa: S608  constants
         "WHERE d.id = ANY ($1::uuid[])",
         delivery_ids,
     )
     return {row["id"]: delivery_of(row, result_of(row)) for row in rows}
-
-
-async def is_last_attempt(
-    db: Database, attempts: Sequence[tuple[uuid.UUID, uuid.UUID]]
-) -> set[uuid.UUID]:
-    """Of these (delivery, attempt) pairs, the deliveries whose last started attempt it is."""
-    rows = await db.fetch(
-        """SELECT d.id FROM unnest($1::uuid[], $2::uuid[]) AS r(delivery_id, attempt_id)
-           JOIN deliveries d ON d.id = r.delivery_id
-           LEFT JOIN attempts a ON a.delivery_id = d.id AND a.number = d.attempt_count
-           WHERE coalesce(d.attempt_id, a.id) = r.attempt_id""",
-        [a[0] for a in attempts],
-        [a[1] for a in attempts],
-    )
-    return {row["id"] for row in rows}
 
 
 async def promote_scheduled(db: Database, limit: int = 2000) -> int:

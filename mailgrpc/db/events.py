@@ -18,95 +18,113 @@ from mailgrpc.core.delivery import (
     WaitReason,
 )
 from mailgrpc.core.event import Attempt, Event, EventKind
-from mailgrpc.core.place import ORIGIN, Place, Position
+from mailgrpc.core.place import HISTORY_GONE, ORIGIN, Place, Position
 from mailgrpc.db.content import unpack_json
 from mailgrpc.db.engine import Database
 from mailgrpc.db.rows import Row, result_of
+from mailgrpc.errors import TokenExpired
 
 LANES = range(16)
 
 
-async def read_events(
-    db: Database, place: Place, limit: int, *, project_id: int | None = None
-) -> list[Event]:
-    """The next events behind a place, of one project or of all, at most `limit`, without labels.
+async def read_events(db: Database, place: Place, limit: int) -> list[Event]:
+    """The next events behind a place, of all projects, at most `limit`, without labels.
 
-    With a project the page may skip many rows of others; the caller moves its place by what is
-    returned, and to the end it learned from `read_place` when nothing more is.
+    Raises TokenExpired where the place is not this feed's, as `check_place` does. Checked in the same
+    statement: the horizon moves in a transaction before the drop, so a snapshot in which rows
+    are missing shows it moved; and a database with another history cannot answer in between.
     """
     rows = await db.fetch(
-        """SELECT e.* FROM unnest($1::smallint[], $2::bigint[]) AS p(lane, seq)
-           CROSS JOIN LATERAL (
-               SELECT * FROM events e WHERE e.lane = p.lane AND e.seq > p.seq
-                   AND ($4::integer IS NULL OR e.project_id = $4)
-               ORDER BY e.seq LIMIT $3) e
-           ORDER BY e.seq LIMIT $3""",
-        list(LANES),
-        [place.get(lane, ORIGIN).seq for lane in LANES],
+        f"""{_PLACE}
+           SELECT s.is_strange, e.* FROM (SELECT EXISTS ({_STRANGE}) AS is_strange) s
+           LEFT JOIN (SELECT e.* FROM p CROSS JOIN LATERAL (
+                   SELECT * FROM events e WHERE e.lane = p.lane AND e.seq > p.seq
+                   ORDER BY e.seq LIMIT $4) e
+               ORDER BY e.seq LIMIT $4) e ON NOT s.is_strange
+           ORDER BY e.seq""",  # noqa: S608  constants only
+        *_columns(place),
         limit,
-        project_id,
     )
-    return [event_of(row) for row in rows]
+    if rows[0]["is_strange"]:
+        raise TokenExpired(HISTORY_GONE)
+    return [event_of(row) for row in rows if row["lane"] is not None]
+
+
+_PLACE = """WITH p AS MATERIALIZED (
+    SELECT * FROM unnest($1::smallint[], $2::bigint[], $3::integer[]) AS p(lane, seq, fingerprint))"""
+# The lanes of `p` in which a place is not this feed's: before the horizon, or on an event that is
+# another one here. The event at the horizon itself may be gone; nothing behind it is. Subqueries,
+# so that each lane costs a look at an index whatever the planner thinks of the tables.
+_STRANGE = """SELECT p.lane FROM p
+    CROSS JOIN LATERAL (
+        SELECT (SELECT h.seq FROM feed_horizon h WHERE h.lane = p.lane) AS seq) h
+    WHERE CASE WHEN p.seq > h.seq THEN p.fingerprint IS DISTINCT FROM
+        (SELECT e.fingerprint FROM events e WHERE e.lane = p.lane AND e.seq = p.seq)
+        ELSE p.seq IS DISTINCT FROM h.seq END"""
+
+
+def _columns(place: Place) -> tuple[list[int], list[int], list[int]]:
+    lanes = sorted(set(LANES) | set(place))
+    positions = [place.get(lane, ORIGIN) for lane in lanes]
+    return lanes, [p.seq for p in positions], [p.fingerprint for p in positions]
 
 
 async def read_place(db: Database) -> dict[int, Position]:
-    """The end of the feed now: the last event of each lane that has any."""
+    """The end of the feed now: the last event of each lane, or where all were dropped the horizon.
+
+    Lanes that never had an event are left out.
+    """
     rows = await db.fetch(
-        """SELECT e.lane, e.seq, e.fingerprint FROM unnest($1::smallint[]) AS p(lane)
-           CROSS JOIN LATERAL (SELECT * FROM events e WHERE e.lane = p.lane
-               ORDER BY e.seq DESC LIMIT 1) e""",
-        list(LANES),
+        """SELECT h.lane, coalesce(e.seq, h.seq) AS seq, coalesce(e.fingerprint, 0) AS fingerprint
+           FROM feed_horizon h LEFT JOIN LATERAL (
+               SELECT e.seq, e.fingerprint FROM events e
+               WHERE e.lane = h.lane AND e.seq > h.seq ORDER BY e.seq DESC LIMIT 1) e ON true
+           WHERE coalesce(e.seq, h.seq) > 0 ORDER BY h.lane"""
     )
     return {row["lane"]: Position(row["seq"], row["fingerprint"]) for row in rows}
 
 
-async def find_strangers(db: Database, place: Place) -> set[int]:
-    """The lanes in which a place is not this feed's: dropped by retention, or of a lost history.
+async def check_place(db: Database, place: Place) -> None:
+    """Raise TokenExpired where a place is not this feed's.
 
-    A lane at its beginning is strange once anything of it was dropped.
+    Either what lies behind it was dropped, in a lane at its beginning too, or it is a place of a
+    history that was lost.
     """
-    lanes = sorted(set(LANES) | set(place))
-    rows = await db.fetch(
-        """SELECT p.lane FROM unnest($1::smallint[], $2::bigint[], $3::integer[])
-               AS p(lane, seq, fingerprint)
-           LEFT JOIN feed_horizon h ON h.lane = p.lane
-           LEFT JOIN events e ON e.lane = p.lane AND e.seq = p.seq
-           WHERE h.lane IS NULL OR p.seq < h.seq
-               -- An event at the horizon itself may be gone; nothing behind it is.
-               OR (p.seq > h.seq AND e.fingerprint IS DISTINCT FROM p.fingerprint)""",
-        lanes,
-        [place.get(lane, ORIGIN).seq for lane in lanes],
-        [place.get(lane, ORIGIN).fingerprint for lane in lanes],
-    )
-    return {row["lane"] for row in rows}
+    if await db.fetch(f"{_PLACE} {_STRANGE}", *_columns(place)):
+        raise TokenExpired(HISTORY_GONE)
 
 
 async def drop_events(db: Database, older_than_s: float, limit: int = 5000) -> int:
-    """Drop events older than the retention, a bounded number a call. How many were dropped.
+    """Drop events older than the retention, at most `limit` a lane. How many were dropped.
 
-    The horizon moves first and in a transaction of its own, so that a reader who checks it after
-    a page cannot have read a page with a hole and not know.
+    The horizon moves first and in a transaction of its own, so that whoever reads a page with a
+    hole sees in the same snapshot that it has one. What an earlier call left behind the horizon,
+    because it was cut short there, goes with this one.
     """
-    rows = await db.write(
+    await db.write(
         """WITH cut AS (
-               SELECT p.lane, max(e.seq) AS seq FROM unnest($1::smallint[]) AS p(lane)
+               SELECT h.lane, max(e.seq) AS seq FROM feed_horizon h
                CROSS JOIN LATERAL (SELECT e.seq, e.occurred_at FROM events e
-                   WHERE e.lane = p.lane ORDER BY e.seq LIMIT $3) e
-               WHERE e.occurred_at < clock_timestamp() - make_interval(secs => $2)
-               GROUP BY p.lane)
+                   WHERE e.lane = h.lane AND e.seq > h.seq ORDER BY e.seq LIMIT $2) e
+               WHERE e.occurred_at < clock_timestamp() - make_interval(secs => $1)
+               GROUP BY h.lane)
            UPDATE feed_horizon h SET seq = cut.seq FROM cut
-           WHERE h.lane = cut.lane AND h.seq < cut.seq RETURNING h.lane""",
-        list(LANES),
+           WHERE h.lane = cut.lane AND h.seq < cut.seq""",
         older_than_s,
         limit,
     )
-    if not rows:
-        return 0
-    dropped = await db.write(
-        """DELETE FROM events e USING feed_horizon h WHERE e.lane = h.lane AND e.seq <= h.seq
-           RETURNING 1"""
+    # By ctid: rows here are never updated, and no plan can scan the table for it.
+    [row] = await db.write(
+        """WITH gone AS (
+               DELETE FROM events WHERE ctid = ANY (ARRAY(
+                   SELECT e.ctid FROM feed_horizon h CROSS JOIN LATERAL (
+                       SELECT e.ctid FROM events e WHERE e.lane = h.lane AND e.seq <= h.seq
+                       ORDER BY e.seq LIMIT $1) e))
+               RETURNING 1)
+           SELECT count(*) AS dropped FROM gone""",
+        limit,
     )
-    return len(dropped)
+    return int(row["dropped"])
 
 
 def event_of(row: Row) -> Event:

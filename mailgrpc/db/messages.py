@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,14 @@ from datetime import datetime
 from mailgrpc.core.event import Attempt, Labels, MessageStatus
 from mailgrpc.core.fingerprint import RULE, content_key
 from mailgrpc.core.ids import delivery_id
-from mailgrpc.core.message import DeliveryOptions, MailMessage, Recipient, Submission
+from mailgrpc.core.message import (
+    DeliveryOptions,
+    MailMessage,
+    Recipient,
+    RetryWishes,
+    Submission,
+)
+from mailgrpc.core.retry import RetryPolicy
 from mailgrpc.db.content import (
     pack_content,
     pack_json,
@@ -39,8 +47,7 @@ class NewMessage:
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """What of a flush was not plain: messages whose request_id was known, and messages of which a
-    delivery was not queued."""
+    """What of a flush was not plain: who was `known` by the request_id, who is not all queued."""
 
     known: frozenset[uuid.UUID]
     with_suppressed: frozenset[uuid.UUID]
@@ -183,7 +190,7 @@ async def read_statuses(
             FROM messages m
             JOIN deliveries d ON d.id > m.id AND d.id <= last_delivery_of(m.id)
             {LAST_ATTEMPT}
-            WHERE m.id = ANY ($1::uuid[]) AND m.project_id = $2 ORDER BY d.id""",
+            WHERE m.id = ANY ($1::uuid[]) AND m.project_id = $2 ORDER BY d.id""",  # noqa: S608  constants
         list(message_ids),
         project_id,
     )
@@ -238,6 +245,21 @@ async def read_contents(
         )
         for row in rows
     }
+
+
+async def read_retry_policies(
+    db: Database, message_ids: Iterable[uuid.UUID]
+) -> dict[uuid.UUID, RetryPolicy]:
+    """When deliveries of these messages are tried again; what cannot be read is left out."""
+    rows = await db.fetch(
+        "SELECT id, options FROM messages WHERE id = ANY ($1::uuid[])", list(message_ids)
+    )
+    policies = {}
+    for row in rows:
+        # One message must not keep the reaper from all others.
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+            policies[row["id"]] = (unpack_options(row["options"]).retry or RetryWishes()).policy()
+    return policies
 
 
 async def read_attempts(db: Database, message_id: uuid.UUID) -> list[Attempt]:

@@ -6,10 +6,11 @@ import hashlib
 import secrets
 from dataclasses import dataclass
 
-from mailgrpc.core.ids import new_id
+from mailgrpc.core.ids import from_text, new_id, to_text
 from mailgrpc.db.engine import Database
 
 KEY_PREFIX = "mg_"
+KEY_ID = "key_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,35 @@ async def create_key(db: Database, project: str, name: str) -> str:
         _hash(key),
     )
     return key
+
+
+async def list_keys(db: Database) -> list[tuple[str, str, str, str, str]]:
+    """(id, project, name, when made, "revoked" or "") of all keys, the oldest first."""
+    rows = await db.fetch(
+        """SELECT k.id, p.name AS project, k.name, k.created_at, k.revoked_at
+           FROM api_keys k JOIN projects p ON p.id = k.project_id ORDER BY k.id"""
+    )
+    return [
+        (
+            to_text(KEY_ID, row["id"]),
+            row["project"],
+            row["name"],
+            row["created_at"].isoformat(timespec="seconds"),
+            "revoked" if row["revoked_at"] else "",
+        )
+        for row in rows
+    ]
+
+
+async def revoke_key(db: Database, key_id: str) -> bool:
+    """Revoke a key by the id that `list_keys` tells. Whether there was one to revoke."""
+    found = from_text(KEY_ID, key_id)
+    rows = await db.write(
+        """UPDATE api_keys SET revoked_at = clock_timestamp()
+           WHERE id = $1 AND revoked_at IS NULL RETURNING id""",
+        found,
+    )
+    return bool(rows)
 
 
 def _hash(key: str) -> bytes:

@@ -54,27 +54,5 @@ async def read_all_page(
 
 async def _page(db: Database, project_id: int, wanted: Filter, ids: list[uuid.UUID]) -> Page:
     statuses = await read_statuses(db, project_id, ids)
-    page = [statuses[i] for i in ids if i in statuses and _means(wanted, statuses[i])]
+    page = [statuses[i] for i in ids if i in statuses and wanted.means(statuses[i])]
     return page, ids[-1] if ids else None
-
-
-def _means(wanted: Filter, status: MessageStatus) -> bool:
-    """Whether a message matches as an event about one of its deliveries would."""
-    if wanted.is_empty:
-        return True
-    labels = status.labels
-    if wanted.message_ids and status.message_id not in wanted.message_ids:
-        return False
-    if wanted.correlation_ids and labels.correlation_id not in wanted.correlation_ids:
-        return False
-    if wanted.tags and wanted.tags.isdisjoint(labels.tags):
-        return False
-    if wanted.created_after and status.created_at < wanted.created_after:
-        return False
-    if wanted.created_before and status.created_at >= wanted.created_before:
-        return False
-    return any(
-        (not wanted.recipients or d.recipient in wanted.recipients)
-        and (not wanted.states or d.state in wanted.states)
-        for d in status.deliveries
-    )

@@ -33,7 +33,10 @@ async def open_session(db: Database, name: str, channels: Sequence[str]) -> int:
 
 
 async def beat(db: Database, session_id: int) -> bool:
-    """Show that the session lives. False: it has been ended, and may start nothing more."""
+    """Show that the session lives. False: it has been ended, and may start nothing more.
+
+    Waits for the claims and starts that are under way in it.
+    """
     rows = await db.write(
         """UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp()
            WHERE id = $1 AND ended_at IS NULL RETURNING id""",
@@ -73,17 +76,26 @@ async def end_session(db: Database, session_id: int, seen_beat: int | None = Non
     return bool(rows)
 
 
-async def release_unstarted(db: Database, session_id: int) -> int:
-    """Give back what an ended session had claimed and not started. `claims` keeps its count.
+async def release_unstarted(
+    db: Database, session_id: int, *, lost: bool, channel: str | None = None
+) -> int:
+    """Give back what a session had claimed and not started. How many.
 
-    Reads all of `due`, which has no index on sessions so that claims stay cheap; sessions end
-    rarely.
+    None of it may be in a start that is under way: the session has ended, or its worker says so
+    for this channel. `lost` keeps each row's count of claims: their worker died with them.
+
+    Reads all of `due`, which has no index on sessions so that claims stay cheap; this is rare.
     """
     rows = await db.write(
-        """UPDATE due q SET session_id = NULL FROM deliveries d
+        """UPDATE due q SET session_id = NULL,
+               claims = CASE WHEN $2 THEN q.claims ELSE greatest(q.claims - 1, 0) END
+           FROM deliveries d
            WHERE d.id = q.delivery_id AND q.session_id = $1 AND d.state <> 2
+           AND ($3::text IS NULL OR q.channel = $3)
            RETURNING q.delivery_id""",
         session_id,
+        lost,
+        channel,
     )
     return len(rows)
 
@@ -99,6 +111,12 @@ async def read_started(db: Database, session_id: int, limit: int = 500) -> list[
     return [started_of(row) for row in rows]
 
 
-async def mark_reaped(db: Database, session_id: int) -> None:
-    """Nothing of the session is left."""
-    await db.write("UPDATE workers SET reaped_at = clock_timestamp() WHERE id = $1", session_id)
+async def mark_reaped(db: Database, session_id: int) -> bool:
+    """An ended session is entirely over, if nothing of it is left. Whether it is."""
+    rows = await db.write(
+        """UPDATE workers SET reaped_at = clock_timestamp() WHERE id = $1
+           AND ended_at IS NOT NULL AND NOT EXISTS (SELECT FROM due WHERE session_id = $1)
+           RETURNING id""",
+        session_id,
+    )
+    return bool(rows)

@@ -35,14 +35,17 @@ class PostgresBinaries:
 
     @property
     def major(self) -> int:
+        """As `18`: data directories of one major version fit one another."""
         return int(self.release.split(".")[0])
 
     @property
     def initdb(self) -> str:
+        """The program that makes a data directory."""
         return str(self.root / "bin" / "initdb")
 
     @property
     def postgres(self) -> str:
+        """The server."""
         return str(self.root / "bin" / "postgres")
 
 
@@ -124,7 +127,7 @@ def _copy_open(source: Path, target: Path) -> None:
     ignored = shutil.ignore_patterns("include", "pkgconfig", "*.a", "__pycache__")
     shutil.copytree(source, target, symlinks=True, ignore=ignored)
     for folder, _, files in os.walk(target):
-        os.chmod(folder, 0o755)  # noqa: S103  programs, as public as those in /usr
+        Path(folder).chmod(0o755)  # programs, as public as those in /usr
         for file in files:
             path = Path(folder, file)
             if not path.is_symlink():
@@ -146,7 +149,7 @@ def _package_directory(name: str) -> Path | None:
 def _version_of(binary: Path) -> str:
     """What `--version` says, e.g. `18.4` or `9.1.2`."""
     try:
-        answer = subprocess.run(
+        answer = subprocess.run(  # noqa: S603  a path that we made
             [binary, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
         ).stdout.decode(errors="replace")
         match = re.search(r"(?:v=|\) )(\d+(?:\.\w+)*)", answer)

@@ -20,6 +20,7 @@ import os
 import pwd
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -57,6 +58,10 @@ _DEFAULTS = {
     "timezone": "UTC",
     "log_timezone": "UTC",
 }
+
+
+_ENOUGH_SHARED_MEMORY = 16 * 1024 * 1024
+"""Bytes. PostgreSQL takes 1 MiB at once, and more by the number of sessions."""
 
 
 def locate(data_dir: Path, say: Callable[[str], None]) -> tuple[Path, Account | None]:
@@ -198,12 +203,13 @@ def _initdb_command(binaries: PostgresBinaries, draft: Path) -> list[str]:
         "--auth-host=reject",
         "--no-instructions",
         "--no-sync",
+        f"--set=dynamic_shared_memory_type={shared_memory_type()}",
         *(f"--set={name}={value}" for name, value in _DEFAULTS.items()),
     ]
 
 
 def _check_our_name() -> None:
-    """initdb looks its user up; containers run with numbers that nobody has given a name."""
+    """The user needs a name, which initdb looks up; containers run with mere numbers."""
     try:
         pwd.getpwuid(os.geteuid())
     except KeyError:
@@ -231,6 +237,20 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def shared_memory_type() -> str:
+    """Which memory PostgreSQL's processes share beside the main block, for its setting.
+
+    Ordinarily POSIX shared memory. In a container whose /dev/shm is all but missing, files.
+    """
+    if sys.platform != "linux":
+        return "posix"
+    try:
+        room = os.statvfs("/dev/shm")  # noqa: S108  looked at, not written to
+    except OSError:
+        return "mmap"
+    return "posix" if room.f_bavail * room.f_frsize >= _ENOUGH_SHARED_MEMORY else "mmap"
 
 
 def postmaster_state(place: Path) -> tuple[int, str]:

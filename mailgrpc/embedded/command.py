@@ -44,8 +44,8 @@ class Command:
         self.environ = dict(environ)
         self._grace_s = grace_s
         self._locks = tuple(locks)
-        self._on_line = on_line or (lambda text: None)
-        self.on_ready = on_ready or (lambda text: None)
+        self._on_line = on_line or (lambda _text: None)
+        self.on_ready = on_ready or (lambda _text: None)
         self._slot = Slot()
 
     def start(self) -> str:
@@ -81,6 +81,7 @@ class Command:
 
     @property
     def process(self) -> Process | None:
+        """The child, while it runs or of its last run."""
         return self._slot.process
 
     def _launch(self, environ: Mapping[str, str], handed_over: Sequence[int] = ()) -> Process:

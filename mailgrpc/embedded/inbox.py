@@ -28,7 +28,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from aiosmtpd.smtp import SMTP, Session
 from aiosmtpd.smtp import Envelope as Transaction
@@ -54,8 +54,10 @@ class LocalInbox:
     """The server, within the running event loop: `async with LocalInbox(…) as inbox`."""
 
     def __init__(self, directory: Path, listen: HostPort, *, any_port: bool = False) -> None:
-        """`directory` holds the mails. With `any_port`, a taken port means another one; port 0
-        is always a free one."""
+        """Take a directory for the mails and an address; port 0 is a free one.
+
+        With `any_port`, a taken port means another one.
+        """
         self.directory = directory
         self._listen = listen
         self._any_port = any_port
@@ -70,6 +72,7 @@ class LocalInbox:
 
     @property
     def open_connections(self) -> int:
+        """How many clients are connected."""
         return len(self._connections)
 
     async def start(self) -> None:
@@ -104,7 +107,7 @@ class LocalInbox:
         await self._server.wait_closed()
         self._server = None
 
-    async def __aenter__(self) -> LocalInbox:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
@@ -163,9 +166,9 @@ class _Handler:
 
     async def handle_EHLO(  # noqa: N802  aiosmtpd finds it by its name
         self,
-        server: _Connection,
+        _server: _Connection,
         session: Session,
-        envelope: Transaction,
+        _envelope: Transaction,
         hostname: str,
         responses: list[str],
     ) -> list[str]:
@@ -175,11 +178,11 @@ class _Handler:
 
     async def handle_RCPT(  # noqa: N802
         self,
-        server: _Connection,
-        session: Session,
+        _server: _Connection,
+        _session: Session,
         envelope: Transaction,
         address: str,
-        options: list[str],
+        _options: list[str],
     ) -> str:
         magic = magic_of(address)
         if magic is not None and magic.kind is MagicKind.PERMERROR:
@@ -224,7 +227,8 @@ class _Handler:
         if not wanted:
             return False
         message_id = headers_of(content).get("message-id", "")
-        return any([self._fails(message_id, *item) for item in wanted.items()])
+        failing = [self._fails(message_id, *item) for item in wanted.items()]  # counts each
+        return any(failing)
 
     def _fails(self, message_id: str, address: str, magic: Magic) -> bool:
         key = (message_id, address)
@@ -262,7 +266,7 @@ async def _serve(any_port: bool) -> None:
         await ended.wait()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     """`python -m mailgrpc.embedded.inbox`: the inbox as a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m mailgrpc.embedded.inbox", description=__doc__)
     parser.add_argument("--any-port", action="store_true", help="take another port if it is taken")
@@ -270,10 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         asyncio.run(_serve(options.any_port))
     except MailgrpcError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

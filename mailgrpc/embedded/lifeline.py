@@ -32,6 +32,7 @@ imports only what costs nothing: it starts once a child and stays as long as it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -43,6 +44,7 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def main(argv: list[str]) -> int:
+    """Hold one child until it has ended, and return the exit code that tells how."""
     control, plan, account, remove, close = argv[:5]
     control_fd = int(control)
     os.set_inheritable(control_fd, False)
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
     wake_r, wake_w = os.pipe()
     os.set_blocking(wake_w, False)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
 
     child = os.fork()
     if child == 0:
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
     orphaned, status = _hold(child, control_fd, wake_r, steps)
     _signal_group(child)  # what the child itself had started
     if orphaned and remove != "-":
-        import shutil  # late: it costs more than all the rest together
+        import shutil  # noqa: PLC0415  it costs as much as all the rest, and is rarely needed
 
         shutil.rmtree(remove, ignore_errors=True)
     code = os.waitstatus_to_exitcode(status)
@@ -85,7 +87,7 @@ def _become(account: str, command: list[str]) -> None:
             os.setgid(int(gid))
             os.setuid(int(uid))
         aim = f"run {command[0]}"
-        os.execv(command[0], command)
+        os.execv(command[0], command)  # noqa: S606  what the parent asked for
     except OSError as error:
         os.write(2, f"cannot {aim}: {error.strerror}\n".encode())
     finally:
@@ -98,10 +100,8 @@ def _hold(
     """Serve the parent until the child has ended: (was the parent gone first, wait status)."""
     watched = [control_fd, wake_r]
     act_at: float | None = None
-    try:
+    with contextlib.suppress(OSError):  # gone already? The loop reads the end of file.
         os.write(control_fd, b"%d\n" % child)
-    except OSError:
-        pass  # the parent is gone already; the loop reads the end of file
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -133,17 +133,14 @@ def _read(fd: int) -> bytes:
 def _signal(child: int, number: int) -> None:
     if number == signal.SIGKILL:
         _signal_group(child)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(child, number)
-    except ProcessLookupError:
-        pass
 
 
 def _signal_group(child: int) -> None:
-    try:
+    # The group is empty, or (macOS) only zombies are left in it.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # empty, or (macOS) only zombies are left
-        pass
 
 
 def _numbers(text: str) -> list[int]:

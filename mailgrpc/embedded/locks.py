@@ -40,7 +40,7 @@ class FamilyLock:
         """To be inherited by whatever is started; -1 while the lock is not held."""
 
     def acquire(
-        self, say: Callable[[str], None] = lambda text: None, patience_s: float = _PATIENCE_S
+        self, say: Callable[[str], None] = lambda _text: None, patience_s: float = _PATIENCE_S
     ) -> None:
         """Take the lock; waits while an earlier family, whose parent is gone, is ending.
 

@@ -149,9 +149,9 @@ def _decoded(text: str) -> str:
 def _ids(directory: Path) -> Iterator[str]:
     with os.scandir(directory) as entries:
         for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix == ".json" and _ID.fullmatch(stem):
-                yield stem
+            mail_id = entry.name.removesuffix(".json")
+            if mail_id != entry.name and _ID.fullmatch(mail_id):
+                yield mail_id
 
 
 def _when(mail_id: str) -> datetime:

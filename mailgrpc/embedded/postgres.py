@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from mailgrpc.embedded import cluster
 from mailgrpc.embedded.accounts import (
@@ -79,7 +80,7 @@ class EmbeddedPostgres:
         self._binaries = binaries
         self._lock = lock
         self._own_lock: FamilyLock | None = None
-        self._say = on_line or (lambda text: None)
+        self._say = on_line or (lambda _text: None)
         self._slot = Slot()
         self._private: Path | None = None
         self._place: Path | None = None
@@ -115,7 +116,7 @@ class EmbeddedPostgres:
             self._slot.close(signal.SIGINT, grace_s)
         self._let_go()
 
-    def __enter__(self) -> EmbeddedPostgres:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -134,8 +135,10 @@ class EmbeddedPostgres:
 
     @property
     def url(self) -> str:
-        """For SQLAlchemy (with `+asyncpg`), asyncpg and psql; the same over restarts by
-        `start`, another one after `stop`."""
+        """For SQLAlchemy (with `+asyncpg`), asyncpg and psql.
+
+        The same when `start` is repeated after a crash, another one after `stop`.
+        """
         return self.url_of(cluster.DATABASE)
 
     def url_of(self, database: str, user: str = cluster.ROLE) -> str:
@@ -182,7 +185,8 @@ class EmbeddedPostgres:
             lock.release()
 
     def _run(self) -> str:
-        assert self._binaries is not None and self._place is not None
+        assert self._binaries is not None
+        assert self._place is not None
         launch = Launch(
             name=self.name,
             argv=[self._binaries.postgres, *self._arguments()],
@@ -204,6 +208,7 @@ class EmbeddedPostgres:
             "unix_socket_directories": str(self._private),
             "unix_socket_permissions": "0700",
             "port": str(PORT),
+            "dynamic_shared_memory_type": cluster.shared_memory_type(),
             "logging_collector": "off",
             "log_destination": "stderr",
             "log_line_prefix": "",  # the family's log has its own

@@ -8,6 +8,7 @@ has two threads that only wait: one reads its output, one its end.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import signal
 import socket
@@ -78,11 +79,9 @@ class Process:
 
     def send(self, number: signal.Signals) -> None:
         """Signal the child; SIGKILL also ends what it had started. No-op once it has ended."""
-        with self._lock:  # so that the descriptor is not closed, and given out anew, meanwhile
-            try:
-                self._control.send(bytes([number]))
-            except OSError:
-                pass
+        # Locked, so that the descriptor is not closed, and given out anew, meanwhile.
+        with self._lock, contextlib.suppress(OSError):
+            self._control.send(bytes([number]))
 
     def stop(self, number: signal.Signals, grace_s: float) -> None:
         """Ask by a signal, wait, then kill. Returns when the process has ended."""
@@ -137,10 +136,8 @@ class Process:
     def _wait(self, reader: threading.Thread) -> None:
         if self._holder.wait() < 0 and self.pid:
             # Somebody killed the lifeline alone: nothing holds the child any more.
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
         reader.join(1.0)  # its last words; a grandchild may keep the pipe open for longer
         with self._lock:
             self._control.close()
@@ -163,12 +160,14 @@ class Slot:
         self._lock = threading.Lock()
 
     def open(self) -> None:
+        """Allow launches (again). Raises EmbeddedError while a process runs."""
         with self._lock:
             if self.process is not None and not self.process.ended.is_set():
                 raise EmbeddedError(f"{self.process.name} is running already")
             self._closed = False
 
     def launch(self, launch: Launch, on_line: Callable[[str], None] | None = None) -> Process:
+        """Start a process. Raises EmbeddedError once the slot is closed."""
         with self._lock:
             if self._closed:
                 raise EmbeddedError(f"{launch.name}: stopped before it was ready")
@@ -176,6 +175,7 @@ class Slot:
             return self.process
 
     def close(self, number: signal.Signals, grace_s: float) -> None:
+        """Allow no more launches, and stop what runs as `Process.stop` does."""
         with self._lock:
             self._closed = True
             process = self.process
@@ -198,8 +198,7 @@ def server_environ() -> dict[str, str]:
 
 
 def inherited_environ() -> dict[str, str]:
-    """A copy of this process's environment, to be handed on to a child; settings are read by
-    `config` alone."""
+    """A copy of this process's environment, to be handed on; `config` alone reads settings."""
     return dict(os.environ)
 
 
@@ -212,7 +211,7 @@ def _start_lifeline(launch: Launch, control: int) -> subprocess.Popen[bytes]:
     try:
         os.write(stdin_w, launch.stdin)
         os.close(stdin_w)
-        return subprocess.Popen(
+        return subprocess.Popen(  # noqa: S603  what we were asked to start
             [*script, *map(str, arguments), *launch.argv],
             env=dict(launch.environ),
             cwd=launch.directory,

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
+from typing import Self
 from urllib.parse import urlsplit
 
-from mailgrpc.config import DEFAULT_CHANNEL, Settings
+from mailgrpc.config import Settings
+from mailgrpc.core.message import DEFAULT_CHANNEL
 from mailgrpc.embedded.accounts import make_data_directory
 from mailgrpc.embedded.command import Command, python_command
 from mailgrpc.embedded.familylog import FamilyLog
@@ -71,7 +71,7 @@ class Stack:
         log: FamilyLog | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self.data_dir = Path(os.path.abspath(settings.data_dir))  # links as the user wrote them
+        self.data_dir = settings.data_dir.absolute()
         self.database_url = settings.database_url
         self.redis_url = settings.redis_url
         self.listen: str | None = None
@@ -113,7 +113,7 @@ class Stack:
         """Make `stop` kill instead of asking. PostgreSQL recovers at its next start."""
         self._supervisor.hurry()
 
-    async def __aenter__(self) -> Stack:
+    async def __aenter__(self) -> Self:
         try:
             await self.start()
         except BaseException:
@@ -228,7 +228,7 @@ class Stack:
     def _listener(self, name: str, *, timed: bool) -> Callable[[str], None]:
         log = self._log
         if log is None:
-            return lambda line: None
+            return lambda _line: None
         return lambda line: log.pass_on(name, line, timed=timed)
 
     def _say(self, text: str, name: str = "up") -> None:
@@ -246,7 +246,7 @@ class _TakeLock:
     def run(self) -> None:
         self.lock.acquire(self.say)
 
-    def stop(self, *, now: bool = False) -> None:
+    def stop(self, *, now: bool = False) -> None:  # noqa: ARG002  as a Step's
         self.lock.abandon()
 
 

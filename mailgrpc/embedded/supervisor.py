@@ -13,6 +13,7 @@ always awaited, and `stop` is repeated until the start has seen it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class Supervisor:
                 self._say(name, f"{process.how_it_ended()}; starting it again")
                 await self._start_again(member, server, short_lives)
                 self._say(name, "running again")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, `wait` must raise it
             if not self._stopping:
                 self._failure = error
                 self._failed.set()
@@ -182,10 +183,8 @@ async def _end_of(process: Process) -> None:
     ended = asyncio.Event()
 
     def tell() -> None:  # from the process's own thread
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
             loop.call_soon_threadsafe(ended.set)
-        except RuntimeError:
-            pass  # the loop is closed: nobody asks any more
 
     process.when_ended(tell)
     await ended.wait()

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from mailgrpc.embedded.accounts import make_private_directory
 from mailgrpc.embedded.binaries import find_valkey
@@ -44,7 +45,7 @@ class EmbeddedValkey:
         self, *, locks: Sequence[int] = (), on_line: Callable[[str], None] | None = None
     ) -> None:
         self._locks = tuple(locks)
-        self._say = on_line or (lambda text: None)
+        self._say = on_line or (lambda _text: None)
         self._slot = Slot()
         self._private: Path | None = None
 
@@ -75,7 +76,7 @@ class EmbeddedValkey:
         self._slot.close(signal.SIGKILL if now else signal.SIGTERM, grace_s)
         self._let_go()
 
-    def __enter__(self) -> EmbeddedValkey:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -89,11 +90,15 @@ class EmbeddedValkey:
 
     @property
     def process(self) -> Process | None:
+        """The server's process, while it runs or of its last run."""
         return self._slot.process
 
     @property
     def url(self) -> str:
-        """For redis-py and arq; the same over restarts by `start`, another one after `stop`."""
+        """For redis-py and arq.
+
+        The same when `start` is repeated after a crash, another one after `stop`.
+        """
         return f"unix://{self._socket}"
 
     @property

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -189,7 +190,7 @@ def unknown_field(request: Message, prefix: str = "") -> str | None:
 
 def unknown_number(request: Message) -> str | None:
     """The number of a field of `request` itself that this version does not know."""
-    for unknown in UnknownFieldSet(request):  # type: ignore[attr-defined]  iterates by index
+    for unknown in UnknownFieldSet(request):  # type: ignore[attr-defined]  # by index
         return str(unknown.field_number)
     return None
 
@@ -316,8 +317,6 @@ def event(e: domain.Event) -> event_pb2.Event:
     elif e.kind is EventKind.MESSAGES_CLEARED and e.payload is not None:
         cleared = shown.messages_cleared
         cleared.count = e.payload["count"]
-        from google.protobuf import json_format
-
         json_format.ParseDict(e.payload["filter"], cleared.filter, ignore_unknown_fields=True)
     return shown
 

@@ -164,7 +164,7 @@ class Intake:
         except StoreUnavailable as error:
             _fail(batch, error)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, each caller is answered
             if len(batch) == 1:
                 _fail(batch, error)
                 return

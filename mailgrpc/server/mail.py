@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from mailgrpc.config import DEFAULT_CHANNEL, Settings
+from mailgrpc.config import Settings
 from mailgrpc.core.admission import flags_of
 from mailgrpc.core.delivery import State
 from mailgrpc.core.event import Filter, MessageStatus
 from mailgrpc.core.fingerprint import fingerprint
 from mailgrpc.core.ids import MESSAGE, new_message_id, rfc_message_id, to_text
-from mailgrpc.core.message import DEFAULT_EXPIRY, Submission
+from mailgrpc.core.message import DEFAULT_CHANNEL, DEFAULT_EXPIRY, Submission
 from mailgrpc.core.options import check_admissible
 from mailgrpc.core.place import encode_token
 from mailgrpc.core.shape import MAX_REQUEST_ID, check_text, checked_submission
@@ -46,8 +46,8 @@ from mailgrpc.server import convert
 from mailgrpc.server.clear import Clear
 from mailgrpc.server.feed import Feed
 from mailgrpc.server.filters import checked_filter
-from mailgrpc.server.intake import Accepted, Intake, is_same_request
 from mailgrpc.server.foresight import foreseen
+from mailgrpc.server.intake import Accepted, Intake, is_same_request
 from mailgrpc.server.interceptors import (
     LONGEST_WAIT_S,
     code_number,
@@ -57,8 +57,8 @@ from mailgrpc.server.interceptors import (
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
 from mailgrpc.server.watch import DEFAULT_HEARTBEAT_S, Wanted, Watch, wanted_kinds
+from mailgrpc.v1 import delivery_pb2, mail_service_pb2_grpc
 from mailgrpc.v1 import mail_service_pb2 as pb
-from mailgrpc.v1 import mail_service_pb2_grpc
 
 MAX_BATCH_MESSAGES = 500
 MAX_BATCH_DELIVERIES = 2000
@@ -338,7 +338,7 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
         )
 
 
-_QUEUED = int(State.QUEUED)
+_QUEUED = delivery_pb2.DELIVERY_STATE_QUEUED
 _VIEWS = frozenset(pb.MessageView.values())
 
 

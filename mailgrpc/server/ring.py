@@ -22,7 +22,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mailgrpc.core.event import Event, EventKind, Filter
-from mailgrpc.core.place import ORIGIN, Place, advance, covers, join
+from mailgrpc.core.place import HISTORY_GONE, ORIGIN, Place, advance, covers, join
+from mailgrpc.errors import TokenExpired
 from mailgrpc.server import convert
 
 RING_EVENTS = 8192
@@ -201,9 +202,10 @@ class Ring:
         self._events = 0
         self._start = self._place = place
 
-    def is_of_this_history(self, reader: Reader) -> bool:
-        """Whether the history is still the one in which the reader began."""
-        return reader.epoch == self._epoch
+    def check_history(self, reader: Reader) -> None:
+        """Raise TokenExpired unless the history is still the one in which the reader began."""
+        if reader.epoch != self._epoch:
+            raise TokenExpired(HISTORY_GONE)
 
     def append(self, events: Sequence[Event]) -> None:
         """The next page of the feed; wakes those whom it is for."""
@@ -274,9 +276,7 @@ class Ring:
 
     async def sleep(self, reader: Reader, timeout_s: float) -> bool:
         """Wait until there may be something for the reader. False: nothing came in this time."""
-        if not self.has(reader) or reader.number != self._next:
-            return True
-        if not self.is_of_this_history(reader):
+        if reader.number != self._next or reader.epoch != self._epoch:
             return True
         loop = asyncio.get_running_loop()
         reader.waiter = loop.create_future()

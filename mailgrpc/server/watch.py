@@ -8,16 +8,17 @@ has passed the place where the feed stood after the last page. Only then are the
 `caught_up` is said, and the first token is given: a snapshot that breaks begins again.
 
 A response is written when the one before it was taken by the transport; meanwhile the subscriber
-holds no connection to the database and no more than one response of memory.
+holds no connection to the database and no more than one page of events.
 """
 
 from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -27,7 +28,8 @@ from mailgrpc.db.engine import Database
 from mailgrpc.db.snapshot import read_all_page, read_unended_page
 from mailgrpc.errors import Exhausted, InvalidRequest, Reason, Violation
 from mailgrpc.server import convert
-from mailgrpc.server.feed import Entry, Feed
+from mailgrpc.server.feed import Feed
+from mailgrpc.server.ring import Entry
 from mailgrpc.v1 import mail_service_pb2
 from mailgrpc.v1.mail_service_pb2 import WatchStatusResponse
 
@@ -37,7 +39,7 @@ SNAPSHOT_DELIVERIES = 1_000_000
 DEFAULT_HEARTBEAT_S = 15.0
 MAX_PAGE = 1000
 DEFAULT_PAGE = 50
-_READS_A_CALL = 1000  # bounds one ListEvents whose filter matches nothing in a long history
+_SEARCH_S = 1.0  # bounds a ListEvents whose filter matches nothing in a long history
 _STREAM_RETRY = timedelta(seconds=5)
 
 
@@ -100,6 +102,29 @@ def wanted_kinds(kinds: Sequence[int]) -> frozenset[EventKind]:
     return frozenset(kind for kind in EventKind if kind in kinds)
 
 
+class _Pulse:
+    """When a stream was last heard: it is silent for no longer than its heartbeat."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._clock = asyncio.get_running_loop().time
+        self._beat_at = self._clock()
+
+    def beat(self) -> None:
+        """The transport took a response."""
+        self._beat_at = self._clock()
+
+    @property
+    def left_s(self) -> float:
+        """How long the stream may still be silent."""
+        return max(0.0, self._beat_at + self._every_s - self._clock())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it has been silent for too long."""
+        return self._clock() >= self._beat_at + self._every_s
+
+
 class Watch:
     """Serves the streams of one process."""
 
@@ -121,55 +146,52 @@ class Watch:
                 quota="streams",
             )
         self._streams += 1
+        pulse = _Pulse(heartbeat_s)
         try:
-            async for response in self._stream(wanted, token, snapshot, heartbeat_s):
-                response.server_time.CopyFrom(convert.timestamp(datetime.now(UTC)))
-                yield response
+            stream = self._stream(wanted, token, snapshot, pulse)
+            async with contextlib.aclosing(stream) as responses:
+                async for response in responses:
+                    response.server_time.CopyFrom(convert.timestamp(datetime.now(UTC)))
+                    yield response
+                    pulse.beat()
         finally:
             self._streams -= 1
 
     async def _stream(
-        self, wanted: Wanted, token: str, snapshot: int, heartbeat_s: float
-    ) -> AsyncIterator[WatchStatusResponse]:
-        clock = asyncio.get_running_loop().time
+        self, wanted: Wanted, token: str, snapshot: int, pulse: _Pulse
+    ) -> AsyncGenerator[WatchStatusResponse, None]:
         end = await self._feed.now()
         place = await self._place_of(wanted, token) if token else end
         shown: _Shown | None = None
-        with self._feed.reader(wanted.project_id, place) as reader:
+        with self._feed.reader(wanted.project_id, place, wanted.filter) as reader:
             if snapshot:
                 shown = _Shown()
-                async for response in self._snapshot(wanted, snapshot, shown):
+                async for response in self._snapshot(wanted, snapshot, shown, pulse):
                     yield response
                 end = await self._feed.now()
-            caught_up = False
-            said_at = clock()
+            is_caught_up = False
             while True:
+                if not is_caught_up and covers(reader.place, end):
+                    is_caught_up, shown = True, None
+                    yield WatchStatusResponse(
+                        caught_up=True, resume_token=wanted.token(reader.place)
+                    )
                 before = reader.place
                 entries, more = await self._feed.read(reader)
                 taken = [e for e in entries if wanted.takes(e) and not _was_shown(shown, e)]
                 for chunk in _chunks(taken):
-                    behind = (
-                        reader.place
-                        if chunk[-1] is taken[-1]
-                        else advance_over(before, entries, chunk[-1])
-                    )
+                    whole = chunk[-1] is taken[-1]
+                    behind = reader.place if whole else advance_over(before, entries, chunk[-1])
                     yield WatchStatusResponse(
                         events=[e.shown for e in chunk],
                         resume_token=wanted.token(behind) if shown is None else "",
                     )
-                    said_at = clock()
-                if not caught_up and covers(reader.place, end):
-                    caught_up, shown = True, None
-                    yield WatchStatusResponse(
-                        caught_up=True, resume_token=wanted.token(reader.place)
-                    )
-                    said_at = clock()
                 if not more:
-                    await self._feed.wait_for_news(max(0.0, said_at + heartbeat_s - clock()))
-                if clock() >= said_at + heartbeat_s:
-                    token = wanted.token(reader.place) if shown is None else ""
-                    yield WatchStatusResponse(resume_token=token)
-                    said_at = clock()
+                    await self._feed.wait_for_news(reader, pulse.left_s)
+                if pulse.is_due:
+                    yield WatchStatusResponse(
+                        resume_token=wanted.token(reader.place) if shown is None else ""
+                    )
 
     async def _place_of(self, wanted: Wanted, token: str) -> Place:
         place = decode_token(wanted.project_id, token)
@@ -177,12 +199,13 @@ class Watch:
         return place
 
     async def _snapshot(
-        self, wanted: Wanted, snapshot: int, shown: _Shown
+        self, wanted: Wanted, snapshot: int, shown: _Shown, pulse: _Pulse
     ) -> AsyncIterator[WatchStatusResponse]:
         unended = snapshot == mail_service_pb2.SNAPSHOT_UNENDED
         read_page = read_unended_page if unended else read_all_page
         after: uuid.UUID | None = None
         while True:
+            self._feed.check_open()
             page, after = await read_page(self._database, wanted.project_id, wanted.filter, after)
             for status in page:
                 shown.add(status)
@@ -193,6 +216,8 @@ class Watch:
                 yield response
             if after is None:
                 return
+            if pulse.is_due:
+                yield WatchStatusResponse()
 
     async def list_events(
         self, wanted: Wanted, token: str, page_size: int, wait_s: float
@@ -201,9 +226,9 @@ class Watch:
         place = await self._place_of(wanted, token) if token else await self._feed.now()
         most = min(page_size or DEFAULT_PAGE, MAX_PAGE)
         clock = asyncio.get_running_loop().time
-        deadline = clock() + wait_s
-        with self._feed.reader(wanted.project_id, place) as reader:
-            for _ in range(_READS_A_CALL):
+        begun_at = clock()
+        with self._feed.reader(wanted.project_id, place, wanted.filter) as reader:
+            while True:
                 before = reader.place
                 entries, more = await self._feed.read(reader)
                 taken = [e for e in entries if wanted.takes(e)]
@@ -212,11 +237,11 @@ class Watch:
                     whole = len(chunk) == len(taken)
                     behind = reader.place if whole else advance_over(before, entries, chunk[-1])
                     return wanted.page(chunk, behind, more=more or not whole)
-                if not more:
-                    left = deadline - clock()
-                    if left <= 0 or not await self._feed.wait_for_news(left):
-                        return wanted.page((), reader.place, more=False)
-            return wanted.page((), reader.place, more=True)
+                if more and clock() >= begun_at + wait_s + _SEARCH_S:
+                    return wanted.page((), reader.place, more=True)
+                left_s = begun_at + wait_s - clock()
+                if not more and (left_s <= 0 or not await self._feed.wait_for_news(reader, left_s)):
+                    return wanted.page((), reader.place, more=False)
 
 
 def advance_over(before: Place, entries: Sequence[Entry], last: Entry) -> Place:

@@ -1,4 +1,4 @@
-'''For the tests of services that send mail: the real gateway in this process, and what it sent.
+"""For the tests of services that send mail: the real gateway in this process, and what it sent.
 
 A pytest plugin; installing `mailgrpc[embedded]` is all there is to set up. A test of a service:
 
@@ -43,20 +43,17 @@ Without pytest:
     with run_mailgrpc(categories={"newsletter": 2}) as gateway:
         outbox = gateway.new_outbox()
         ...
-'''
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mailgrpc.testing.gateway import TestGateway
 
-try:
-    import pytest as _pytest
-except ModuleNotFoundError:  # another test framework: `run_mailgrpc` needs no pytest
-    _pytest = None  # type: ignore[assignment]
-else:
+if find_spec("pytest") is not None:  # without it `run_mailgrpc` serves other frameworks
     from mailgrpc.testing.fixtures import (
         mailgrpc_channel,
         mailgrpc_client,
@@ -84,9 +81,9 @@ def run_mailgrpc(**options: Any) -> TestGateway:
     """
     # Loaded here: every run of pytest where mailgrpc is installed imports this module.
     try:
-        from mailgrpc.testing.gateway import TestGateway
+        from mailgrpc.testing.gateway import TestGateway  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        from mailgrpc.errors import EmbeddedError
+        from mailgrpc.errors import EmbeddedError  # noqa: PLC0415
 
         raise EmbeddedError(
             f"mailgrpc.testing needs {error.name}: pip install 'mailgrpc[embedded]'"

@@ -24,7 +24,7 @@ def mailgrpc_options() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def mailgrpc_server(mailgrpc_options: dict[str, Any]) -> Iterator[TestGateway]:
     """A gateway for the run."""
-    from mailgrpc.testing import run_mailgrpc
+    from mailgrpc.testing import run_mailgrpc  # noqa: PLC0415
 
     with run_mailgrpc(**mailgrpc_options) as gateway:
         yield gateway
@@ -39,7 +39,7 @@ def mailgrpc_target(mailgrpc_server: TestGateway) -> str:
 @pytest.fixture(scope="session")
 def mailgrpc_channel(mailgrpc_target: str) -> Iterator[grpc.Channel]:
     """A blocking channel to the gateway, for generated stubs."""
-    import grpc
+    import grpc  # noqa: PLC0415
 
     with grpc.insecure_channel(mailgrpc_target) as channel:
         yield channel
@@ -48,7 +48,7 @@ def mailgrpc_channel(mailgrpc_target: str) -> Iterator[grpc.Channel]:
 @pytest.fixture(scope="session")
 def mailgrpc_client(mailgrpc_target: str) -> Iterator[MailClient]:
     """A blocking client of the gateway."""
-    from mailgrpc.client import MailClient
+    from mailgrpc.client import MailClient  # noqa: PLC0415
 
     with MailClient(mailgrpc_target) as client:
         yield client

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
+from typing import Self
 
 import asyncpg
 
@@ -65,7 +66,7 @@ class TestGateway:
         self._tray = Tray()
         self._resources = contextlib.ExitStack()
 
-    def __enter__(self) -> TestGateway:
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as resources:
             database_url = resources.enter_context(self._database())
             settings = Settings(

@@ -116,7 +116,9 @@ class Outbox:
             enough = self._tray.changed.wait_for(lambda: len(self._mails()) >= count, timeout_s)
             mails = self._mails()
         if not enough:
-            sent = "".join(f"\n  {mail.subject!r} to {', '.join(mail.recipients)}" for mail in mails)
+            sent = "".join(
+                f"\n  {mail.subject!r} to {', '.join(mail.recipients)}" for mail in mails
+            )
             raise AssertionError(
                 f"{count} mails were expected within {timeout_s:g} s, {len(mails)} were sent{sent}"
             )

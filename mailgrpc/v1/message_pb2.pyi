@@ -456,8 +456,8 @@ class RetryPolicy(_message.Message):
 
     @_builtins.property
     def max_backoff(self) -> _duration_pb2.Duration:
-        """The longest wait, 1 s to 24 h (OUT_OF_RANGE). Default: 8 h. Less than `initial_backoff` counts as
-        `initial_backoff`.
+        """The longest wait, 1 s to 24 h (OUT_OF_RANGE). Default: 8 h. Not less than
+        `initial_backoff` where both are set (OUT_OF_RANGE).
         """
 
     def __init__(

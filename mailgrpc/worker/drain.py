@@ -2,31 +2,39 @@
 
 Promises. Only what a committed start returned is sent. SEND_ONCE deliveries are started in groups
 no larger than the free slots on the wire, so that a crash leaves few in doubt; RETRYING ones may be
-started ahead of the wire. A message that breaks the code fails alone. One slow channel holds no
-other's slots, because each has its own loop and its own provider.
+started ahead of the wire. A message that breaks the code fails alone (call.py); one that breaks
+the process is claimed alone from the third time on, and given up at the sixth. One slow channel
+holds no other's slots, because each has its own loop and its own provider.
 
 The loop is woken by a flag that is cleared *before* the claim: a ring that comes during the claim
 is not lost, it makes one more claim. Rings come from the doorbell, from the sweeper every second,
 and from the clock: a claim that finds nothing answers when the next delivery will be due.
+
+When PostgreSQL breaks off. A claim whose answer was lost has leased rows that we do not know of,
+and so has a batch that failed between claim and start: before the next claim, everything of this
+channel that our session holds without a start is given back. A start whose answer was lost is run
+again with the same attempts until it answers, which then says what may be sent; nothing is sent
+before. Were it given up, its deliveries would stay in SENDING for as long as our session lives.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import math
 import random
 import uuid
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 
-from mailgrpc.core.delivery import Cause, Mode, Outcome, Result, next_step, result_text
-from mailgrpc.core.ids import message_of, new_id, rfc_message_id
-from mailgrpc.core.message import RetryWishes
+from mailgrpc.core.delivery import Mode, next_step
+from mailgrpc.core.ids import new_id
 from mailgrpc.db.deliveries import (
+    Claimed,
     Recorded,
     Started,
     Starting,
@@ -34,11 +42,12 @@ from mailgrpc.db.deliveries import (
     release_claims,
     start_deliveries,
 )
-from mailgrpc.db.engine import Database, SessionEnded
-from mailgrpc.db.messages import StoredContent, read_contents
+from mailgrpc.db.engine import AmbiguousCommit, Database, SessionEnded
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
-from mailgrpc.providers.provider import Addressee, Provider, SendCall
+from mailgrpc.providers.provider import Provider
+from mailgrpc.worker.call import ALONE_FROM_CLAIMS, Group, call_provider, group_claims
+from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
 
@@ -48,21 +57,9 @@ CLAIM_DELIVERIES = 200
 STARTED_AHEAD = 64
 MAX_UNRECORDED = 2000
 _IDLE_S = 60.0  # the sweeper rings long before
+_SOON_S = 0.005
 _RETRY_S = 0.5
-_NO_WISHES = RetryWishes()
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Claimed deliveries of one message that will share a call."""
-
-    delivery_ids: tuple[uuid.UUID, ...]
-    content: StoredContent
-
-    @property
-    def mode(self) -> Mode:
-        """SEND_ONCE or RETRYING, as its message asked."""
-        return self.content.options.effective_mode
+_RETRY_MAX_S = 30.0
 
 
 class Drain:
@@ -74,6 +71,7 @@ class Drain:
         session: Session,
         recorder: Recorder,
         doorbell: Doorbell,
+        outage: Outage,
         *,
         channel: str,
         provider: Provider,
@@ -86,6 +84,7 @@ class Drain:
         self._session = session
         self._recorder = recorder
         self._doorbell = doorbell
+        self._outage = outage
         self._provider = provider
         self._lane = lane
         self._concurrency = concurrency
@@ -95,6 +94,8 @@ class Drain:
         self._slot_freed = asyncio.Event()
         self._wake = asyncio.Event()
         self._after_project = 0
+        self._claims_astray = False
+        self._retry_s = _RETRY_S
         self._stopping = False
 
     def wake(self) -> None:
@@ -111,74 +112,97 @@ class Drain:
         """Drain until told to stop. Survives PostgreSQL, and the end of its session."""
         while not self._stopping:
             self._wake.clear()
-            idle_until = await self._guarded_pass()
-            if idle_until is not None and not self._stopping:
-                wait_s = (idle_until - datetime.now(UTC)).total_seconds()
+            idle_s = await self._guarded_pass()
+            if idle_s is not None and not self._stopping:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), min(max(wait_s, 0.0), _IDLE_S))
+                    await asyncio.wait_for(self._wake.wait(), min(idle_s, _IDLE_S))
+
+    async def burst(self) -> None:
+        """Send all that is due now, and see it recorded. Raises StoreUnavailable, SessionEnded."""
+        while not self._stopping and await self.drain_once() is None:
+            await self.settle()
+            await self._recorder.drain()
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
         while self._sending:
             await asyncio.wait(self._sending)
 
-    async def _guarded_pass(self) -> datetime | None:
+    async def abandon(self) -> None:
+        """End what is on the wire, unheard; the reaper settles it."""
+        for task in self._sending:
+            task.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
+
+    async def _guarded_pass(self) -> float | None:
         session_id = self._session.session_id
         try:
-            return await self.drain_once()
+            if self._claims_astray:
+                await self._session.give_back(session_id, self.channel)
+                self._claims_astray = False
+            idle_s = await self.drain_once()
         except SessionEnded:
             with contextlib.suppress(StoreUnavailable):
                 await self._session.renew(session_id)
         except StoreUnavailable as error:
-            log.warning("channel %s waits for the store: %s", self.channel, error)
+            self._claims_astray = True
+            self._outage.met(error)
             await asyncio.sleep(_RETRY_S)
         except Exception:
+            self._claims_astray = True
             log.exception("draining channel %s failed; it goes on", self.channel)
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(self._retry_s)
+            self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
+        else:
+            self._outage.over()
+            self._retry_s = _RETRY_S
+            return idle_s
         return None
 
-    async def drain_once(self) -> datetime | None:
-        """Claim one batch and see all of it started. When to look again; None for at once."""
+    async def drain_once(self) -> float | None:
+        """Claim one batch and see all of it started. None: look again at once; else seconds."""
         session_id = self._session.session_id
         claims = await claim_due(
             self._database, session_id, self.channel, CLAIM_DELIVERIES, self._after_project
         )
         if not claims.claimed:
-            return claims.next_due_at or datetime.max.replace(tzinfo=UTC)
+            return math.inf if claims.next_due_in_s is None else max(claims.next_due_in_s, _SOON_S)
         self._after_project = claims.claimed[-1].project_id
         if len(claims.claimed) >= CLAIM_DELIVERIES:
             self._doorbell.ring()  # there is more: wakes the next worker
-        waiting = deque(await self._grouped([c.delivery_id for c in claims.claimed]))
+        claimed = await self._one_if_suspect(session_id, claims.claimed)
+        waiting = deque(await group_claims(self._database, claimed, self._provider.group_max))
         try:
-            while waiting and not self._stopping:
-                room = await self._room(waiting[0].mode)
-                batch = _take(waiting, room)
+            while waiting and (batch := _take(waiting, await self._room(waiting[0].mode))):
                 await self._start(session_id, batch)
         finally:
-            left = [i for group in waiting for i in group.delivery_ids]
-            if left:
-                with contextlib.suppress(StoreUnavailable):
-                    await release_claims(self._database, session_id, left)
+            await self._release(session_id, [i for group in waiting for i in group.delivery_ids])
         return None
 
-    async def _grouped(self, delivery_ids: Sequence[uuid.UUID]) -> list[Group]:
-        """Claimed deliveries by message, as many in a group as a call may carry, in their order."""
-        by_message: OrderedDict[uuid.UUID, list[uuid.UUID]] = OrderedDict()
-        for delivery_id in delivery_ids:
-            by_message.setdefault(message_of(delivery_id), []).append(delivery_id)
-        contents = await read_contents(self._database, by_message, with_files=True)
-        groups = []
-        for message_id, ids in by_message.items():
-            if message_id not in contents:  # cleared since; its rows in `due` went with it
-                continue
-            ids.sort()
-            for first in range(0, len(ids), self._provider.group_max):
-                part = tuple(ids[first : first + self._provider.group_max])
-                groups.append(Group(part, contents[message_id]))
-        return groups
+    async def _one_if_suspect(
+        self, session_id: int, claimed: Sequence[Claimed]
+    ) -> Sequence[Claimed]:
+        """All that was claimed; or, where workers died with one of them, that one alone.
+
+        The others go back uncounted before it is touched: it may take this process with it, and
+        what it takes along counts against the innocent.
+        """
+        suspect = next((c for c in claimed if c.claims >= ALONE_FROM_CLAIMS), None)
+        if suspect is None:
+            return claimed
+        await self._release(session_id, [c.delivery_id for c in claimed if c is not suspect])
+        return [suspect]
+
+    async def _release(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
+        if not delivery_ids:
+            return
+        try:
+            await release_claims(self._database, session_id, delivery_ids)
+        except StoreUnavailable:
+            self._claims_astray = True
 
     async def _room(self, mode: Mode) -> int:
-        """How many groups may be started now; waits until it is at least one."""
+        """How many groups may be started now; waits until it is at least one. 0: stop."""
         ahead = 0 if mode is Mode.SEND_ONCE else STARTED_AHEAD
         while not self._stopping:
             self._slot_freed.clear()
@@ -191,48 +215,52 @@ class Drain:
 
     async def _start(self, session_id: int, batch: Sequence[Group]) -> None:
         """Commit the start of these groups, then send what came back of each."""
-        calls = [new_id() for _ in batch]
-        started = await start_deliveries(
-            self._database,
+        calls = {new_id(): group for group in batch}
+        started = await self._started(
             session_id,
-            self._lane,
             [
                 Starting(delivery_id, new_id(), call_id)
-                for group, call_id in zip(batch, calls, strict=True)
+                for call_id, group in calls.items()
                 for delivery_id in group.delivery_ids
             ],
         )
         self._doorbell.hint_feed()
-        by_call = {
-            call_id: list(members)
-            for call_id, members in groupby(
-                sorted(started, key=lambda s: s.call_id), key=lambda s: s.call_id
-            )
-        }
-        for group, call_id in zip(batch, calls, strict=True):
-            if call_id in by_call:
-                task = asyncio.create_task(self._send(group.content, call_id, by_call[call_id]))
-                self._sending.add(task)
-                task.add_done_callback(self._sent)
+        last_look = functools.partial(self._session.may_send, session_id)
+        started.sort(key=lambda s: s.call_id)
+        for call_id, members in groupby(started, key=lambda s: s.call_id):
+            task = asyncio.create_task(self._send(calls[call_id], list(members), last_look))
+            self._sending.add(task)
+            task.add_done_callback(self._sent)
+
+    async def _started(self, session_id: int, starting: Sequence[Starting]) -> list[Started]:
+        """What did start. Once that is in doubt, asks until it is known."""
+        in_doubt = False
+        while True:
+            try:
+                return await start_deliveries(self._database, session_id, self._lane, starting)
+            except SessionEnded:
+                raise
+            except Exception as error:
+                in_doubt = in_doubt or isinstance(error, AmbiguousCommit)
+                if not in_doubt or self._stopping:
+                    raise
+                self._outage.met(error)
+            await asyncio.sleep(_RETRY_S)
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._sending.discard(task)
         self._slot_freed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a call on channel %s came to nothing", self.channel, exc_info=error)
 
     async def _send(
-        self, content: StoredContent, call_id: uuid.UUID, started: Sequence[Started]
+        self, group: Group, started: Sequence[Started], last_look: functools.partial[bool]
     ) -> None:
         """One call to the provider, and its results to the recorder."""
         async with self._slots:
-            try:
-                results = await self._call(content, call_id, started)
-                if len(results) != len(started):
-                    raise RuntimeError(f"{len(results)} results for {len(started)} deliveries")
-            except Exception as error:
-                log.exception("sending call %s failed", call_id)
-                results = [_broken(error)] * len(started)
+            results = await call_provider(self._provider, group, started, last_look)
         now = datetime.now(UTC)
-        policy = (content.options.retry or _NO_WISHES).policy()
+        policy = group.policy
         self._recorder.put(
             [
                 Recorded(
@@ -246,34 +274,6 @@ class Drain:
             ]
         )
 
-    async def _call(
-        self, content: StoredContent, call_id: uuid.UUID, started: Sequence[Started]
-    ) -> list[Result]:
-        message = content.message
-        if message is None or message.sender is None:
-            gone = Result(Outcome.REJECTED, Cause.CONTENT, text="the content has been erased")
-            return [gone] * len(started)
-        message_id = message_of(started[0].delivery.delivery_id)
-        addressees = [
-            Addressee(
-                s.delivery.delivery_id,
-                message.recipients[(s.delivery.delivery_id.int & 0xFFFF) - 1],
-            )
-            for s in started
-        ]
-        return await self._provider.send(
-            SendCall(
-                call_id=call_id,
-                message_id=message_id,
-                project=content.project,
-                message=message,
-                rfc_message_id=rfc_message_id(message_id, message.sender.address),
-                created_at=content.created_at,
-                addressees=addressees,
-                last_look=self._session.may_send,
-            )
-        )
-
 
 def _take(waiting: deque[Group], room: int) -> list[Group]:
     """The next groups to start together: of one mode, at most `room`."""
@@ -281,9 +281,3 @@ def _take(waiting: deque[Group], room: int) -> list[Group]:
     while waiting and len(batch) < room and (not batch or waiting[0].mode is batch[0].mode):
         batch.append(waiting.popleft())
     return batch
-
-
-def _broken(error: Exception) -> Result:
-    """A provider that raised: a fault of ours, and nobody knows how far it came."""
-    text = result_text(f"{type(error).__name__}: {error}")
-    return Result(Outcome.UNKNOWN, Cause.INTERNAL, text=text)

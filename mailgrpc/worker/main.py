@@ -59,7 +59,7 @@ async def keep_arq_running(redis_url: str, worker: Worker) -> None:
         except asyncio.CancelledError:
             await _close(arq)
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever ended it, it is needed again
             log.debug("arq's worker ended and is started again: %s", error)
         await _close(arq)
         lasted = asyncio.get_running_loop().time() - began
@@ -70,7 +70,7 @@ async def keep_arq_running(redis_url: str, worker: Worker) -> None:
 async def _close(arq: ArqWorker) -> None:
     try:
         await asyncio.wait_for(arq.close(), 2)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  it is given up anyhow
         log.debug("closing arq's worker: %s", error)
 
 

@@ -1,11 +1,14 @@
 """Recording: what came back from providers becomes rows, many in one round trip.
 
 Promises. A result that was handed in is written, whatever PostgreSQL does meanwhile: it is asked
-again until it answers. A result always reaches its attempt; it changes the delivery when that
-attempt is running, or by the rule on late results:
+again until it answers, and asking again moves nothing twice. A result always reaches its attempt;
+it changes the delivery when that attempt is running, or by the rule on late results:
 
-    the attempt is the last one started, and the state rests on no proof    late_step
+    the attempt is the last one started, and the state rests on no proof    SENT or FAILED, by proof
     a newer attempt has been started                                        the attempt alone
+
+Both happen in the one statement that stores the result (`record_outcomes`). `possibly_sent` needs
+nothing here: an attempt is overtaken only after the reaper has ended it as UNKNOWN, which set it.
 
 The journal (a local, fsynced file of results that are not in PostgreSQL yet) has its place here:
 between `put` and the flush. Until it exists a worker that is killed with results in memory leaves
@@ -19,49 +22,18 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
-from mailgrpc.core.delivery import late_step
-from mailgrpc.db.deliveries import (
-    Move,
-    Recorded,
-    is_last_attempt,
-    move_deliveries,
-    read_deliveries,
-    record_outcomes,
-)
+from mailgrpc.db.deliveries import Recorded, record_outcomes
 from mailgrpc.db.engine import Database
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
+from mailgrpc.worker.outage import Outage
 
 log = logging.getLogger(__name__)
 
 FLUSH_RESULTS = 500
 _RETRY_S = 0.5
-_LATE_TRIES = 5
-
-
-async def record(database: Database, lane: int, results: Sequence[Recorded]) -> None:
-    """Write results, late or not. Each delivery at most once. Raises StoreUnavailable."""
-    late = await record_outcomes(database, lane, results)
-    if late:
-        await _apply_late(database, lane, [r for r in results if _id(r) in late])
-
-
-async def _apply_late(database: Database, lane: int, late: Sequence[Recorded]) -> None:
-    """Results whose delivery is not in their attempt any more: only proof still moves it."""
-    for _ in range(_LATE_TRIES):
-        last = await is_last_attempt(database, [(_id(r), r.started.attempt_id) for r in late])
-        deliveries = await read_deliveries(database, list(last))
-        moves = []
-        for r in late:
-            delivery = deliveries.get(_id(r))
-            step = None if delivery is None else late_step(delivery, r.result)
-            if delivery is not None and step is not None:
-                moves.append(Move(delivery, step, expire_at=delivery.expire_at))
-        if not moves or await move_deliveries(database, lane, "", moves) == len(moves):
-            return
-    # Somebody else keeps moving them; their attempts hold the results.
-    log.warning("%d late results left to their attempts", len(late))
 
 
 def _id(recorded: Recorded) -> uuid.UUID:
@@ -71,9 +43,12 @@ def _id(recorded: Recorded) -> uuid.UUID:
 class Recorder:
     """The queue of results of one worker; a flush begins as soon as the last one has ended."""
 
-    def __init__(self, database: Database, doorbell: Doorbell, *, lane: int) -> None:
+    def __init__(
+        self, database: Database, doorbell: Doorbell, outage: Outage, *, lane: int
+    ) -> None:
         self._database = database
         self._doorbell = doorbell
+        self._outage = outage
         self._lane = lane
         self._waiting: deque[Recorded] = deque()
         self._flusher: asyncio.Task[None] | None = None
@@ -93,30 +68,49 @@ class Recorder:
         while self._flusher is not None and not self._flusher.done():
             await asyncio.shield(self._flusher)
 
+    async def close(self) -> None:
+        """Stop; what is not recorded by now is left to the reaper."""
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await asyncio.gather(self._flusher, return_exceptions=True)
+
     async def _flush_all(self) -> None:
         while self._waiting:
             batch = self._take()
             try:
-                await record(self._database, self._lane, batch)
+                await record_outcomes(self._database, self._lane, batch)
             except StoreUnavailable as error:
-                log.warning("%d results wait for the store: %s", len(batch), error)
+                self._outage.met(error)
                 self._waiting.extendleft(reversed(batch))
                 await asyncio.sleep(_RETRY_S)
-            except Exception:
+            except Exception:  # noqa: BLE001  told where it is found
                 await self._record_singly(batch)
             else:
                 self._told(batch)
 
     async def _record_singly(self, batch: Sequence[Recorded]) -> None:
-        """One of them cannot be written; the others can. The reaper ends what is left."""
+        """One of them cannot be written; the others can."""
         for one in batch:
             try:
-                await record(self._database, self._lane, [one])
+                await self._record_somehow(one)
             except StoreUnavailable:
                 self._waiting.append(one)
             except Exception:
                 log.exception("the result of %s cannot be recorded", _id(one))
         self._told(batch)
+
+    async def _record_somehow(self, one: Recorded) -> None:
+        """With its words, or without: what came of a mail matters more than how it was put."""
+        try:
+            await record_outcomes(self._database, self._lane, [one])
+        except StoreUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001  data that this database refuses
+            log.warning("the result of %s is recorded without its words: %s", _id(one), error)
+            plain = replace(
+                one.result, enhanced_code="", text="", provider_message_id="", status_code=0
+            )
+            await record_outcomes(self._database, self._lane, [replace(one, result=plain)])
 
     def _told(self, batch: Sequence[Recorded]) -> None:
         self._doorbell.hint_feed()

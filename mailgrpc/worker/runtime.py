@@ -16,6 +16,7 @@ from mailgrpc.errors import SettingsError
 from mailgrpc.providers.provider import Provider
 from mailgrpc.providers.registry import open_channels
 from mailgrpc.worker.drain import Drain
+from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
 from mailgrpc.worker.sweep import Reaper, Sweeper
@@ -52,14 +53,16 @@ class Worker:
         self._doorbell = Doorbell(settings.redis_url)
         lane = secrets.randbelow(settings.feed_lanes)
         name = f"{os.uname().nodename}:{os.getpid()}"
-        self._session = Session(database, name, sorted(channels), lease_s=settings.lease_s)
-        self._recorder = Recorder(database, self._doorbell, lane=lane)
+        outage = Outage()
+        self._session = Session(database, name, sorted(channels), outage, lease_s=settings.lease_s)
+        self._recorder = Recorder(database, self._doorbell, outage, lane=lane)
         self._drains = [
             Drain(
                 database,
                 self._session,
                 self._recorder,
                 self._doorbell,
+                outage,
                 channel=channel,
                 provider=provider,
                 lane=lane,
@@ -72,6 +75,7 @@ class Worker:
             Reaper(database, lane=lane, lease_s=settings.lease_s),
             self.wake,
             event_retention_s=settings.event_retention_s,
+            outage=outage,
         )
         self._running: list[asyncio.Task[None]] = []
         self._helping: list[asyncio.Task[None]] = []
@@ -83,6 +87,7 @@ class Worker:
         self._running = [asyncio.create_task(drain.run()) for drain in self._drains]
         self._helping = [
             asyncio.create_task(self._sweeper.run()),
+            asyncio.create_task(self._sweeper.run_chores()),
             asyncio.create_task(self._listen()),
         ]
 
@@ -91,17 +96,20 @@ class Worker:
         for drain in self._drains:
             drain.wake()
 
+    def stop_claiming(self) -> None:
+        """Claim and start nothing more; what is on the wire goes on."""
+        for drain in self._drains:
+            drain.stop_claiming()
+
     async def stop(self, grace_s: float | None = None) -> None:
         """End: no new claims, what is on the wire is awaited and recorded, within the grace time.
 
         What is still on the wire then is left to the reaper of another worker.
         """
         grace_s = self._settings.grace_s if grace_s is None else grace_s
-        for drain in self._drains:
-            drain.stop_claiming()
+        self.stop_claiming()
         for task in self._helping:
             task.cancel()
-        all_done = True
         try:
             async with asyncio.timeout(grace_s):
                 await asyncio.gather(*self._running)
@@ -109,25 +117,31 @@ class Worker:
                     await drain.settle()
                 await self._recorder.drain()
         except TimeoutError:
-            all_done = False
             log.warning("not all that was on the wire ended within %g s", grace_s)
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, *self._helping, return_exceptions=True)
-        await self._session.stop(all_done=all_done)
+        for drain in self._drains:
+            await drain.abandon()
+        await self._recorder.close()
+        await self._session.stop()
         for provider in self._channels.values():
             await provider.close()
         await self._doorbell.close()
 
     async def burst(self) -> None:
-        """Send what is due now, then return; what waits for later is left. Do not `start` it."""
+        """Send what is due now, then return; what waits for later is left. Do not `start` it.
+
+        Raises SchemaError, StoreUnavailable, SessionEnded.
+        """
         await check_schema(self._database)
         await self._session.start()
-        for drain in self._drains:
-            while await drain.drain_once() is None:
-                await drain.settle()
-                await self._recorder.drain()
-        await self.stop()
+        try:
+            await self._sweeper.sweep()
+            for drain in self._drains:
+                await drain.burst()
+        finally:
+            await self.stop()
 
     async def _listen(self) -> None:
         while True:

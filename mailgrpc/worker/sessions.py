@@ -15,17 +15,19 @@ ending waits for them. What it had on the wire is still recorded, by the rule on
 The last look. Between a worker's last beat and the moment a reaper may act lies the lease. A send
 begins its last, irrevocable write only while the worker's own clock says that this time is not
 over (CLOCK_BOOTTIME where there is one: it goes on while the machine sleeps). The look counts from
-before the beat was sent, and keeps a margin for the write itself.
+before the beat was sent, and keeps a margin for the write itself. It is bound to the session that
+started the attempt: a new one must not speak for what an old one has lost.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 
-from mailgrpc.db.engine import Database
+from mailgrpc.db.engine import Database, SessionEnded
 from mailgrpc.db.workers import (
     beat,
     end_session,
@@ -34,12 +36,14 @@ from mailgrpc.db.workers import (
     release_unstarted,
 )
 from mailgrpc.errors import StoreUnavailable
+from mailgrpc.worker.outage import Outage
 
 log = logging.getLogger(__name__)
 
 BEATS_A_LEASE = 5
 _MARGIN = 0.2  # of the lease, kept for the write after the last look
 _RETRY_S = 0.5
+_CLOSE_S = 5.0
 
 
 def boot_clock() -> float:
@@ -57,6 +61,7 @@ class Session:
         database: Database,
         name: str,
         channels: Sequence[str],
+        outage: Outage | None = None,
         *,
         lease_s: float,
         clock: Callable[[], float] = boot_clock,
@@ -64,10 +69,12 @@ class Session:
         self._database = database
         self._name = name
         self._channels = channels
+        self._outage = outage or Outage()
         self._lease_s = lease_s
         self._clock = clock
         self._beaten_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
         self._id = 0
 
     @property
@@ -81,25 +88,47 @@ class Session:
         self._task = asyncio.create_task(self._keep_alive())
 
     async def renew(self, ended_id: int) -> None:
-        """Session `ended_id` was told to have ended: go on in a new one."""
-        if ended_id == self._id:
-            log.warning("worker session %d was ended by the reaper; taking a new one", ended_id)
-            await self._open()
+        """Session `ended_id` was told to have ended: go on in a new one. Raises StoreUnavailable.
 
-    def may_send(self) -> bool:
-        """The last look: whether nobody can have taken over what this session has started."""
-        return self._clock() < self._beaten_at + self._lease_s * (1 - _MARGIN)
+        Several loops are told at once; one of them opens it.
+        """
+        async with self._opening:
+            if ended_id == self._id:
+                log.warning("worker session %d was ended; taking a new one", ended_id)
+                await self._open()
 
-    async def stop(self, *, all_done: bool) -> None:
-        """End the session. With `all_done` nothing of it is on the wire, so nothing is reaped."""
+    async def give_back(self, session_id: int, channel: str | None = None) -> None:
+        """Release what this session holds of a channel (None: of all) and has not started.
+
+        The caller starts nothing of it meanwhile. The beat waits for claims whose answer was
+        lost, so that they are seen. Raises SessionEnded, StoreUnavailable.
+        """
+        if not await beat(self._database, session_id):
+            raise SessionEnded(f"worker session {session_id} has ended")
+        await release_unstarted(self._database, session_id, lost=False, channel=channel)
+
+    def may_send(self, session_id: int) -> bool:
+        """The last look: whether nobody can have taken over what `session_id` has started."""
+        return (
+            session_id == self._id
+            and self._clock() < self._beaten_at + self._lease_s * (1 - _MARGIN)
+        )
+
+    async def stop(self) -> None:
+        """End the session. What is still SENDING in it is left to the reaper of another worker."""
+        session_id, self._id = self._id, 0
         if self._task is not None:
             self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         try:
-            await end_session(self._database, self._id)
-            await release_unstarted(self._database, self._id)
-            if all_done:
-                await mark_reaped(self._database, self._id)
-        except StoreUnavailable as error:
+            async with asyncio.timeout(_CLOSE_S):
+                with contextlib.suppress(SessionEnded):
+                    await self.give_back(session_id)
+                await end_session(self._database, session_id)
+                # Once more: a claim that was under way came to its end before the session did.
+                await release_unstarted(self._database, session_id, lost=False)
+                await mark_reaped(self._database, session_id)
+        except (StoreUnavailable, TimeoutError) as error:
             log.warning("the session could not be closed, it will be reaped: %s", error)
 
     async def _open(self) -> None:
@@ -124,7 +153,7 @@ class Session:
                     await self.renew(session_id)
                 return
             except StoreUnavailable as error:
-                log.debug("the beat waits for the store: %s", error)
+                self._outage.met(error)
             except Exception:
                 log.exception("the beat failed; it goes on")
             await asyncio.sleep(_RETRY_S)

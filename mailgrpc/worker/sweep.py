@@ -1,8 +1,8 @@
 """The sweeper: what makes everything come right when nobody rang. Runs in every worker.
 
 Every second it wakes the drains (so that without Redis mail still flows within two), moves what
-was scheduled over when its time is near, and reaps sessions. Now and then it drops what has
-outlived its retention. It is outside arq, because arq's own worker ends when Redis goes away.
+was scheduled over when its time is near, and reaps sessions. Apart from that it drops what has
+outlived its retention now and then. It is outside arq, because arq's own worker ends when Redis goes away.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 from mailgrpc.core.delivery import Cause, Outcome, Result, next_step
 from mailgrpc.core.ids import message_of
-from mailgrpc.core.message import RetryWishes
-from mailgrpc.db.deliveries import Recorded, Started, promote_scheduled
+from mailgrpc.core.retry import DEFAULT_POLICY
+from mailgrpc.db.deliveries import Recorded, Started, promote_scheduled, record_outcomes
 from mailgrpc.db.engine import Database
 from mailgrpc.db.events import drop_events
-from mailgrpc.db.messages import read_contents
+from mailgrpc.db.messages import read_retry_policies
 from mailgrpc.db.retention import forget_old_requests, forget_old_rest
 from mailgrpc.db.workers import (
     SessionRow,
@@ -32,20 +32,26 @@ from mailgrpc.db.workers import (
     release_unstarted,
 )
 from mailgrpc.errors import StoreUnavailable
-from mailgrpc.worker.record import record
+from mailgrpc.worker.outage import Outage
 
 log = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 1.0
 CHORES_EVERY_S = 300.0
-_NO_WISHES = RetryWishes()
+PROMOTED_AT_ONCE = 2000
+_RETRY_MAX_S = 30.0
+_LOOKS_APART_S = 5.0
 _WORKER_LOST = Result(
     Outcome.UNKNOWN, Cause.WORKER_LOST, text="the worker ended before it could tell"
 )
 
 
 class Reaper:
-    """Ends sessions that no longer beat, and settles what they leave. See sessions.py."""
+    """Ends sessions that no longer beat, and settles what they leave. See sessions.py.
+
+    What it saw counts while it goes on looking. After a gap (PostgreSQL was away, this process
+    slept) beats may be missing for that very reason, and it watches anew for a whole lease.
+    """
 
     def __init__(
         self,
@@ -60,6 +66,8 @@ class Reaper:
         self._lease_s = lease_s
         self._clock = clock
         self._seen: dict[int, tuple[int, float]] = {}  # session -> beat, since when
+        self._looked_at = float("-inf")
+        self._unsettled: set[int] = set()
         self._rng = random.Random()
 
     def forget(self) -> None:
@@ -70,14 +78,26 @@ class Reaper:
         """Look once; how many sessions were settled. Raises StoreUnavailable."""
         sessions = await read_sessions(self._database)
         now = self._clock()
+        if now - self._looked_at > max(_LOOKS_APART_S, self._lease_s / 2):
+            self.forget()  # who knows who could beat meanwhile
+        self._looked_at = now
         settled = 0
         for session in sessions:
             if session.ended_at is None and not await self._end_if_silent(session, now):
                 continue
-            await self._settle(session)
-            settled += 1
+            try:
+                await self._settle(session)
+            except StoreUnavailable:
+                raise
+            except Exception:
+                if session.session_id not in self._unsettled:
+                    log.exception("session %d cannot be settled yet", session.session_id)
+                self._unsettled.add(session.session_id)
+            else:
+                settled += 1
         alive = {s.session_id for s in sessions}
         self._seen = {i: seen for i, seen in self._seen.items() if i in alive}
+        self._unsettled &= alive
         return settled
 
     async def _end_if_silent(self, session: SessionRow, now: float) -> bool:
@@ -93,10 +113,10 @@ class Reaper:
         return ended
 
     async def _settle(self, session: SessionRow) -> None:
-        released = await release_unstarted(self._database, session.session_id)
+        released = await release_unstarted(self._database, session.session_id, lost=True)
         lost = 0
         while started := await read_started(self._database, session.session_id):
-            await record(self._database, self._lane, await self._lost(started))
+            await record_outcomes(self._database, self._lane, await self._lost(started))
             lost += len(started)
         await mark_reaped(self._database, session.session_id)
         if released or lost:
@@ -108,14 +128,14 @@ class Reaper:
             )
 
     async def _lost(self, started: Sequence[Started]) -> list[Recorded]:
-        messages = {message_of(s.delivery.delivery_id) for s in started}
-        contents = await read_contents(self._database, messages, with_files=False)
+        policies = await read_retry_policies(
+            self._database, {message_of(s.delivery.delivery_id) for s in started}
+        )
         now = datetime.now(UTC)
         recorded = []
         for s in started:
-            content = contents.get(message_of(s.delivery.delivery_id))
-            wishes = (content.options.retry if content else None) or _NO_WISHES
-            step = next_step(s.delivery, _WORKER_LOST, now, wishes.policy(), self._rng)
+            policy = policies.get(message_of(s.delivery.delivery_id), DEFAULT_POLICY)
+            step = next_step(s.delivery, _WORKER_LOST, now, policy, self._rng)
             recorded.append(Recorded(s, "", now, _WORKER_LOST, step))
         return recorded
 
@@ -130,33 +150,48 @@ class Sweeper:
         wake: Callable[[], Any],
         *,
         event_retention_s: float,
+        outage: Outage | None = None,
     ) -> None:
         self._database = database
         self._reaper = reaper
         self._wake = wake
         self._event_retention_s = event_retention_s
-        self._chores_at = time.monotonic() + CHORES_EVERY_S * random.random()
+        self._outage = outage or Outage()
+        self._retry_s = SWEEP_EVERY_S
 
     async def run(self) -> None:
         """Sweep for ever."""
         while True:
+            wait_s = SWEEP_EVERY_S
             try:
                 await self.sweep()
             except StoreUnavailable as error:
-                log.debug("the sweeper waits for the store: %s", error)
+                self._outage.met(error)
                 self._reaper.forget()
             except Exception:
                 log.exception("the sweeper failed; it goes on")
-            await asyncio.sleep(SWEEP_EVERY_S)
+                wait_s = self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
+            else:
+                self._retry_s = SWEEP_EVERY_S
+            await asyncio.sleep(wait_s)
 
     async def sweep(self) -> None:
         """One round. Raises StoreUnavailable."""
-        await promote_scheduled(self._database)
-        await self._reaper.reap()
         self._wake()
-        if time.monotonic() >= self._chores_at:
-            self._chores_at = time.monotonic() + CHORES_EVERY_S
-            await self.do_chores()
+        while await promote_scheduled(self._database, PROMOTED_AT_ONCE) == PROMOTED_AT_ONCE:
+            self._wake()
+        await self._reaper.reap()
+
+    async def run_chores(self) -> None:
+        """Forget for ever, apart from the sweeping: it may take long, and nobody waits for it."""
+        while True:
+            await asyncio.sleep(CHORES_EVERY_S * random.uniform(0.5, 1.5))
+            try:
+                await self.do_chores()
+            except StoreUnavailable as error:
+                self._outage.met(error)
+            except Exception:
+                log.exception("the chores failed; they are tried again")
 
     async def do_chores(self) -> None:
         """Drop what has outlived its retention, a bounded amount at a time."""

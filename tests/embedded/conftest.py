@@ -60,7 +60,7 @@ class Family:
     """A `mailgrpc up` in a process of its own, with stand-ins for our own programs."""
 
     def __init__(self, data_dir: Path, *options: str, **environ: str) -> None:
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  closed by `close`
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -142,6 +142,7 @@ class AsNobody:
             env={"PYTHONPATH": os.pathsep.join(paths), "PATH": os.defpath},
             capture_output=True,
             text=True,
+            check=False,
         )
 
 
@@ -150,8 +151,8 @@ def as_nobody() -> AsNobody:
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
     nobody = pwd.getpwnam("nobody")
-    ours = "%d.%d" % sys.version_info[:2]
-    version = "import mailgrpc.cli.up, sys; print('%d.%d' % sys.version_info[:2])"
+    ours = str(sys.version_info[:2])
+    version = "import mailgrpc.cli.up, sys; print(sys.version_info[:2])"
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         candidate = AsNobody(python, nobody.pw_uid, nobody.pw_gid)
         try:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mailgrpc.cli.up import up
+from mailgrpc.cli.main import root
 from mailgrpc.embedded import stack
 from mailgrpc.embedded.command import python_command
 
@@ -19,4 +19,4 @@ def command(module: str, *arguments: str) -> list[str]:
 stack.python_command = command  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
-    up()
+    root(["up", *sys.argv[1:]])

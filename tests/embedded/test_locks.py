@@ -49,7 +49,8 @@ def test_the_children_of_a_dead_parent_are_waited_for(place: Path) -> None:
     waiting.start()
     assert told.wait(5)
     assert said == ["waiting for the processes of an earlier run to end"]
-    assert next_family.fd >= 0 and waiting.is_alive()
+    assert next_family.fd >= 0
+    assert waiting.is_alive()
     child.stop(signal.SIGTERM, 5)
     waiting.join(5)
     assert not waiting.is_alive()

@@ -74,7 +74,8 @@ async def test_who_dies_is_started_again(supervisor: Supervisor, log: Log, shell
         os.kill(server.process.pid, signal.SIGKILL)
         await log.wait_for("a: running again")
         log.lines.clear()
-    assert server.process is not None and is_alive(server.process.pid)
+    assert server.process is not None
+    assert is_alive(server.process.pid)
 
 
 async def test_who_cannot_start_again_ends_the_family(
@@ -124,7 +125,8 @@ async def test_hurry_kills_who_does_not_listen(supervisor: Supervisor, shell: Sh
     assert not done
     supervisor.hurry()
     await asyncio.wait_for(stopping, 3)
-    assert deaf.process is not None and not is_alive(deaf.process.pid)
+    assert deaf.process is not None
+    assert not is_alive(deaf.process.pid)
 
 
 async def test_a_stop_ends_a_start_under_way(
@@ -136,7 +138,8 @@ async def test_a_stop_ends_a_start_under_way(
     await asyncio.wait_for(supervisor.stop(), 3)
     with pytest.raises(EmbeddedError):
         await starting
-    assert never_ready.process is not None and not is_alive(never_ready.process.pid)
+    assert never_ready.process is not None
+    assert not is_alive(never_ready.process.pid)
     with pytest.raises(EmbeddedError, match="stopped"):
         await supervisor.start(never_ready)
 

@@ -59,7 +59,7 @@ async def test_it_starts_all_says_so_and_ends_on_ctrl_c(
         r"^✓ postgres 18\.\d+   ✓ valkey 9\.\d+   ✓ server 127\.0\.0\.1:\d+   ✓ worker"
         r"   ✓ inbox 127\.0\.0\.1:(\d+)   \d+\.\d s$",
         family.output,
-        re.M,
+        re.MULTILINE,
     )
     assert line is not None, family.output
     assert f"worker   │ work with smtp://127.0.0.1:{line[1]}" in family.output
@@ -142,7 +142,7 @@ async def test_what_is_given_is_not_started(data_dir: Path, run_family: RunFamil
     )
     wait_until(lambda: "✓ worker" in family.output)
     report = r"^· postgres db\.example:5432   · valkey cache\.example:6379   ✓ server \S+   ✓ wor"
-    assert re.search(report, family.output, re.M), family.output
+    assert re.search(report, family.output, re.MULTILINE), family.output
     assert "secret" not in family.output
     assert "inbox" not in family.output
 
@@ -157,7 +157,7 @@ async def test_a_stack_of_some_parts(tmp_path: Path) -> None:
             Part.INBOX,
         ]
         assert stack.running[2] == Running(Part.INBOX, stack.inbox or "")
-        assert stack.redis_url is not None and stack.redis_url.startswith("unix:///")
+        assert str(stack.redis_url).startswith("unix:///")
         connection = await asyncpg.connect(stack.database_url)
         assert await connection.fetchval("SHOW fsync") == "off"
         await connection.close()

@@ -182,25 +182,26 @@ END $$;
 --
 -- Projects take turns, from the one after p_after_project on, each with an equal share of the
 -- batch; within a project the higher priority goes first. Each range is read along the index, so
--- the cost does not depend on what waits elsewhere. A last row without delivery_id says when the
--- next delivery that was seen will be due, where the batch was not filled.
+-- the cost does not depend on what waits elsewhere. Where nothing was due, one row without
+-- delivery_id says in how many seconds something will be, by this server's clock (NULL: nothing
+-- is waiting).
 CREATE FUNCTION claim_due(
     p_session bigint, p_channel text, p_limit integer, p_after_project integer
-) RETURNS TABLE (delivery_id uuid, project_id integer, claims smallint, next_due_at timestamptz)
-LANGUAGE plpgsql
+) RETURNS TABLE (
+    delivery_id uuid, project_id integer, claims smallint, next_due_in_s double precision
+) LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
     v_now      timestamptz := clock_timestamp();
     v_projects integer[];
+    v_next     timestamptz;
     v_project  integer;
     v_priority smallint;
     v_left     integer := p_limit;
     v_share    integer;
     v_got      integer;
-    v_next     timestamptz;
-    v_seen     timestamptz;
 BEGIN
     -- Shared with other claims and starts, exclusive of the reaper: who got here is not ended
     -- before this transaction is, and its claims are then seen by the reaper.
@@ -209,68 +210,79 @@ BEGIN
         RAISE EXCEPTION 'worker session % has ended', p_session USING ERRCODE = 'MG001';
     END IF;
 
-    v_projects := projects_with_due(p_channel, p_after_project, 64);
+    SELECT p.ready, p.next_due_at INTO v_projects, v_next
+    FROM projects_with_due(p_channel, p_after_project, 64, v_now) p;
     FOREACH v_project IN ARRAY v_projects LOOP
         v_share := least(v_left, ceil(p_limit::numeric / cardinality(v_projects))::integer);
         FOREACH v_priority IN ARRAY ARRAY[40, 30, 20, 10]::smallint[] LOOP
-            IF v_share > 0 THEN
-                RETURN QUERY
-                WITH picked AS MATERIALIZED (
-                    SELECT d.delivery_id FROM due d
-                    WHERE d.channel = p_channel AND d.project_id = v_project
-                        AND d.priority = v_priority AND d.due_at <= v_now AND d.session_id IS NULL
-                    ORDER BY d.due_at, d.delivery_id LIMIT v_share
-                    FOR UPDATE SKIP LOCKED
-                )
-                UPDATE due d SET session_id = p_session, claims = d.claims + 1
-                FROM picked p WHERE d.delivery_id = p.delivery_id
-                RETURNING d.delivery_id, d.project_id, d.claims, NULL::timestamptz;
-                GET DIAGNOSTICS v_got = ROW_COUNT;
-                v_share := v_share - v_got;
-                v_left := v_left - v_got;
-            END IF;
-            SELECT d.due_at INTO v_seen FROM due d
-            WHERE d.channel = p_channel AND d.project_id = v_project
-                AND d.priority = v_priority AND d.due_at > v_now
-            ORDER BY d.due_at LIMIT 1;
-            v_next := least(v_next, v_seen);
+            EXIT WHEN v_share <= 0;
+            RETURN QUERY
+            WITH picked AS MATERIALIZED (
+                SELECT d.delivery_id FROM due d
+                WHERE d.channel = p_channel AND d.project_id = v_project
+                    AND d.priority = v_priority AND d.due_at <= v_now AND d.session_id IS NULL
+                ORDER BY d.due_at, d.delivery_id LIMIT v_share
+                FOR UPDATE SKIP LOCKED
+            )
+            UPDATE due d SET session_id = p_session, claims = d.claims + 1
+            FROM picked p WHERE d.delivery_id = p.delivery_id
+            RETURNING d.delivery_id, d.project_id, d.claims, NULL::double precision;
+            GET DIAGNOSTICS v_got = ROW_COUNT;
+            v_share := v_share - v_got;
+            v_left := v_left - v_got;
         END LOOP;
         EXIT WHEN v_left <= 0;
     END LOOP;
-    IF v_left > 0 AND v_next IS NOT NULL THEN
-        RETURN QUERY SELECT NULL::uuid, NULL::integer, NULL::smallint, v_next;
+    IF v_left = p_limit THEN
+        RETURN QUERY SELECT NULL::uuid, NULL::integer, NULL::smallint,
+            extract(epoch FROM v_next - v_now)::double precision;
     END IF;
 END $$;
 
--- Up to p_most projects that have rows in `due` for a channel, in turn from the one after
--- p_after on; a hop along the index for each, however many rows it has.
-CREATE FUNCTION projects_with_due(p_channel text, p_after integer, p_most integer)
-RETURNS integer[] LANGUAGE plpgsql STABLE
+-- The first p_most projects with something unclaimed that is due by p_now on a channel, in turn
+-- from the one after p_after on; and when the next thing is due in the projects passed over. Four
+-- short reads along the index for each, however many rows it has.
+CREATE FUNCTION projects_with_due(
+    p_channel text, p_after integer, p_most integer, p_now timestamptz,
+    OUT ready integer[], OUT next_due_at timestamptz
+) LANGUAGE plpgsql STABLE
 SET enable_seqscan = off
 AS $$
 DECLARE
-    v_found   integer[] := '{}';
     v_project integer := p_after;
     v_wrapped boolean := false;
+    v_first   timestamptz;
 BEGIN
-    WHILE cardinality(v_found) < p_most LOOP
+    ready := '{}';
+    WHILE cardinality(ready) < p_most LOOP
         SELECT d.project_id INTO v_project FROM due d
         WHERE d.channel = p_channel AND d.project_id > v_project
         ORDER BY d.project_id LIMIT 1;
         IF v_project IS NULL THEN
-            EXIT WHEN v_wrapped OR p_after < 0;
+            EXIT WHEN v_wrapped;
             v_wrapped := true;
             v_project := -1;
+            CONTINUE;
+        END IF;
+        EXIT WHEN v_wrapped AND v_project > p_after;
+        SELECT min(x.due_at) INTO v_first
+        FROM unnest(ARRAY[40, 30, 20, 10]::smallint[]) AS p(priority)
+        CROSS JOIN LATERAL (SELECT d.due_at FROM due d
+            WHERE d.channel = p_channel AND d.project_id = v_project
+                AND d.priority = p.priority AND d.session_id IS NULL
+            ORDER BY d.due_at LIMIT 1) AS x;
+        IF v_first <= p_now THEN
+            ready := ready || v_project;
         ELSE
-            EXIT WHEN v_wrapped AND v_project > p_after;
-            v_found := v_found || v_project;
+            next_due_at := least(next_due_at, v_first);
         END IF;
     END LOOP;
-    RETURN v_found;
 END $$;
 
 -- The guarded step to SENDING. Re-reads lease, state, expiry, suppression and preference; only
 -- what it returns may be sent. The rest of p_id went to SUPPRESSED or EXPIRED, or was not ours.
+-- Running it again with the same attempts, after a commit whose answer was lost, starts nothing
+-- twice and answers what the first run started.
 CREATE FUNCTION start_deliveries(
     p_session bigint, p_lane integer, p_id uuid[], p_attempt uuid[], p_call uuid[]
 ) RETURNS SETOF deliveries LANGUAGE plpgsql
@@ -324,44 +336,57 @@ BEGIN
 
     -- A due row whose delivery is not SENDING has no business here any more.
     DELETE FROM due q WHERE q.delivery_id = ANY (v_mine)
-        AND q.delivery_id NOT IN (SELECT r.id FROM unnest(v_rows) AS r WHERE r.state = 2);
+        AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id AND d.state = 2);
     PERFORM append_events(p_lane, v_rows, v_old, '');
-    RETURN QUERY SELECT * FROM unnest(v_rows) AS r WHERE r.state = 2;
+    RETURN QUERY SELECT d.* FROM unnest(p_id, p_attempt) AS a(id, attempt_id)
+        JOIN deliveries d ON d.id = a.id AND d.attempt_id = a.attempt_id
+        WHERE a.id = ANY (v_mine) ORDER BY d.id;
 END $$;
 
--- Write what attempts came to: each to its attempt always, and to its delivery where that attempt
--- is the one that is running. Answers the deliveries that were not moved, for the rule on late
--- results (worker/record.py). A late result replaces an UNKNOWN of its own attempt, nothing else.
+-- Write what attempts came to: each to its attempt always, and to its delivery
+--   where that attempt is the one that is running: the state in p_state;
+--   where it was taken for lost and is still the last one started, the result is news to it, and
+--   the state is one of p_without_proof: the state in p_late_state (NULL: none).
+-- "News": the attempt had no row, or an UNKNOWN one. So running it again after a commit whose
+-- answer was lost moves nothing a second time, not even when Resend has moved it since.
 CREATE FUNCTION record_outcomes(
     p_lane integer, p_id uuid[], p_attempt uuid[], p_number integer[], p_call uuid[],
     p_channel text[], p_provider text[], p_started_at timestamptz[], p_ended_at timestamptz[],
     p_outcome smallint[], p_cause smallint[], p_status_code integer[], p_enhanced_code text[],
     p_text text[], p_provider_message_id text[], p_retry_after_ms integer[],
-    p_state smallint[], p_possibly_sent boolean[], p_due_at timestamptz[], p_wait_reason smallint[]
-) RETURNS TABLE (late_id uuid) LANGUAGE plpgsql
+    p_state smallint[], p_possibly_sent boolean[], p_due_at timestamptz[], p_wait_reason smallint[],
+    p_late_state smallint[], p_without_proof smallint[]
+) RETURNS void LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 DECLARE
     v_now  timestamptz := clock_timestamp();
+    v_news uuid[];
     v_rows deliveries[];
+    v_late deliveries[];
+    v_old  smallint[];
 BEGIN
     PERFORM FROM due q WHERE q.delivery_id = ANY (p_id) ORDER BY q.delivery_id FOR UPDATE;
     PERFORM FROM deliveries d WHERE d.id = ANY (p_id) ORDER BY d.id FOR UPDATE;
 
-    INSERT INTO attempts AS a (delivery_id, number, id, call_id, channel, provider, started_at,
-        ended_at, outcome, cause, status_code, enhanced_code, text, provider_message_id,
-        retry_after_ms)
-    SELECT r.* FROM unnest(p_id, p_number, p_attempt, p_call, p_channel, p_provider, p_started_at,
-            p_ended_at, p_outcome, p_cause, p_status_code, p_enhanced_code, p_text,
-            p_provider_message_id, p_retry_after_ms) AS r(delivery_id)
-    WHERE EXISTS (SELECT FROM deliveries d WHERE d.id = r.delivery_id)  -- else it was cleared
-    ON CONFLICT (delivery_id, number) DO UPDATE SET
-        provider = excluded.provider, ended_at = excluded.ended_at, outcome = excluded.outcome,
-        cause = excluded.cause, status_code = excluded.status_code,
-        enhanced_code = excluded.enhanced_code, text = excluded.text,
-        provider_message_id = excluded.provider_message_id,
-        retry_after_ms = excluded.retry_after_ms
-        WHERE a.id = excluded.id AND a.outcome = 4;
+    WITH written AS (
+        INSERT INTO attempts AS a (delivery_id, number, id, call_id, channel, provider, started_at,
+            ended_at, outcome, cause, status_code, enhanced_code, text, provider_message_id,
+            retry_after_ms)
+        SELECT r.* FROM unnest(p_id, p_number, p_attempt, p_call, p_channel, p_provider,
+                p_started_at, p_ended_at, p_outcome, p_cause, p_status_code, p_enhanced_code,
+                p_text, p_provider_message_id, p_retry_after_ms) AS r(delivery_id)
+        WHERE EXISTS (SELECT FROM deliveries d WHERE d.id = r.delivery_id)  -- else it was cleared
+        ON CONFLICT (delivery_id, number) DO UPDATE SET
+            provider = excluded.provider, ended_at = excluded.ended_at, outcome = excluded.outcome,
+            cause = excluded.cause, status_code = excluded.status_code,
+            enhanced_code = excluded.enhanced_code, text = excluded.text,
+            provider_message_id = excluded.provider_message_id,
+            retry_after_ms = excluded.retry_after_ms
+            WHERE a.id = excluded.id AND a.outcome = 4
+        RETURNING a.delivery_id
+    )
+    SELECT array_agg(w.delivery_id) INTO v_news FROM written w;
 
     WITH moved AS (
         UPDATE deliveries d SET state = r.state, state_since = v_now, version = d.version + 1,
@@ -374,10 +399,31 @@ BEGIN
     )
     SELECT array_agg(ROW(m.*)::deliveries ORDER BY m.id) INTO v_rows FROM moved m;
 
-    PERFORM settle_due(v_now, v_rows);
-    PERFORM append_events(p_lane, v_rows, array_fill(2::smallint, ARRAY[coalesce(cardinality(v_rows), 0)]), '');
-    RETURN QUERY SELECT i FROM unnest(p_id) AS i
-        WHERE i NOT IN (SELECT r.id FROM unnest(v_rows) AS r);
+    IF coalesce(cardinality(v_rows), 0) < cardinality(p_id) THEN
+        WITH held AS MATERIALIZED (
+            SELECT d.id, d.state AS old_state, r.state FROM deliveries d
+            JOIN unnest(p_id, p_number, p_late_state) AS r(id, number, state) ON r.id = d.id
+            WHERE d.id = ANY (v_news) AND d.state = ANY (p_without_proof)
+                AND d.attempt_count = r.number AND r.state IS NOT NULL
+                AND d.id NOT IN (SELECT m.id FROM unnest(v_rows) AS m)
+        ), moved AS (
+            UPDATE deliveries d SET state = h.state, state_since = v_now, version = d.version + 1,
+                due_at = NULL, wait_reason = 0, forced = false
+            FROM held h WHERE d.id = h.id
+            RETURNING d.*, h.old_state
+        )
+        SELECT array_agg(ROW(m.id, m.project_id, m.recipient, m.role, m.channel, m.priority, m.mode,
+                m.flags, m.state, m.state_since, m.version, m.wait_reason, m.due_at, m.expire_at,
+                m.forced, m.possibly_sent, m.suppression_reason, m.duplicate_of, m.attempt_count,
+                m.attempt_id, m.call_id, m.attempt_started_at)::deliveries ORDER BY m.id),
+            array_agg(m.old_state ORDER BY m.id)
+        INTO v_late, v_old FROM moved m;
+        DELETE FROM scheduled s WHERE s.delivery_id IN (SELECT l.id FROM unnest(v_late) AS l);
+    END IF;
+
+    PERFORM settle_due(v_now, v_rows || v_late);
+    PERFORM append_events(p_lane, v_rows || v_late,
+        array_fill(2::smallint, ARRAY[coalesce(cardinality(v_rows), 0)]) || v_old, '');
 END $$;
 
 -- Make `due` and `scheduled` say what these deliveries say: waiting ones are in the one that fits
@@ -401,7 +447,7 @@ BEGIN
     END IF;
 END $$;
 
--- Move deliveries that are not SENDING: Resend, late proof, later also cancel and feedback. Each
+-- Move deliveries that are not SENDING: Resend, later also cancel and feedback. Each
 -- moves only from the version its step was decided on; answers the ids that did move.
 CREATE FUNCTION move_deliveries(
     p_lane integer, p_actor text, p_id uuid[], p_version integer[], p_state smallint[],

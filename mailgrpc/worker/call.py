@@ -1,0 +1,157 @@
+"""From claimed deliveries to one call of a provider, and to what each of them came to.
+
+A message that breaks the code breaks here, and alone. What fails before the provider was asked is
+proof that nothing was sent: REJECTED, so FAILED. What fails within the provider proves nothing:
+UNKNOWN, whatever the exception says about itself. Both carry cause INTERNAL and the error's text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mailgrpc.core.delivery import Cause, Mode, Outcome, Result, result_text
+from mailgrpc.core.ids import message_of, rfc_message_id
+from mailgrpc.core.message import RetryWishes
+from mailgrpc.core.retry import RetryPolicy
+from mailgrpc.db.deliveries import Claimed, Started
+from mailgrpc.db.engine import Database
+from mailgrpc.db.messages import StoredContent, read_contents
+from mailgrpc.errors import StoreUnavailable
+from mailgrpc.providers.provider import Addressee, Provider, SendCall
+
+log = logging.getLogger(__name__)
+
+ALONE_FROM_CLAIMS = 3
+GIVEN_UP_AT_CLAIMS = 6
+
+_ERASED = Result(Outcome.REJECTED, Cause.CONTENT, text="the content has been erased")
+_GIVEN_UP = Result(
+    Outcome.REJECTED, Cause.WORKER_LOST, text="worker after worker ended before it could start this"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Claimed deliveries of one message that will share a call; or none, where `refusal` is set."""
+
+    delivery_ids: tuple[uuid.UUID, ...]
+    content: StoredContent | None
+    refusal: Result | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """SEND_ONCE or RETRYING, as its message asked; the stricter where that is not known."""
+        return self.content.options.effective_mode if self.content else Mode.SEND_ONCE
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """When to try again."""
+        wishes = self.content.options.retry if self.content else None
+        return (wishes or RetryWishes()).policy()
+
+
+async def group_claims(
+    database: Database, claimed: Sequence[Claimed], group_max: int
+) -> list[Group]:
+    """Claimed deliveries by message, as many in a group as a call may carry, in their order.
+
+    Raises StoreUnavailable.
+    """
+    given_up = [c.delivery_id for c in claimed if c.claims >= GIVEN_UP_AT_CLAIMS]
+    groups = [Group((delivery_id,), None, _GIVEN_UP) for delivery_id in given_up]
+    by_message: dict[uuid.UUID, list[uuid.UUID]] = {}
+    for c in claimed:
+        if c.claims < GIVEN_UP_AT_CLAIMS:
+            by_message.setdefault(message_of(c.delivery_id), []).append(c.delivery_id)
+    contents, broken = await _read(database, list(by_message))
+    for message_id, ids in by_message.items():
+        if message_id not in contents and message_id not in broken:
+            continue  # cleared since; its rows in `due` went with it
+        ids.sort()
+        for first in range(0, len(ids), group_max):
+            part = tuple(ids[first : first + group_max])
+            groups.append(Group(part, contents.get(message_id), broken.get(message_id)))
+    return groups
+
+
+async def _read(
+    database: Database, message_ids: Sequence[uuid.UUID]
+) -> tuple[dict[uuid.UUID, StoredContent], dict[uuid.UUID, Result]]:
+    """The contents, and a refusal for each message whose content cannot be unpacked."""
+    try:
+        return await read_contents(database, message_ids, with_files=True), {}
+    except StoreUnavailable:
+        raise
+    except Exception as error:
+        if len(message_ids) == 1:
+            log.exception("message %s cannot be read", message_ids[0])
+            return {}, {message_ids[0]: _broken(Outcome.REJECTED, error)}
+    contents: dict[uuid.UUID, StoredContent] = {}
+    broken: dict[uuid.UUID, Result] = {}
+    for message_id in message_ids:
+        found, bad = await _read(database, [message_id])
+        contents |= found
+        broken |= bad
+    return contents, broken
+
+
+async def call_provider(
+    provider: Provider, group: Group, started: Sequence[Started], last_look: Callable[[], bool]
+) -> list[Result]:
+    """One call for the deliveries that were started; a Result for each, whatever breaks."""
+    if group.refusal is not None:
+        return [group.refusal] * len(started)
+    try:
+        call = _call_of(group.content, started, last_look)
+    except Exception as error:
+        log.exception("call %s cannot be made", started[0].call_id)
+        return [_broken(Outcome.REJECTED, error)] * len(started)
+    if call is None:
+        return [_ERASED] * len(started)
+    try:
+        results = await provider.send(call)
+        if len(results) != len(started):
+            raise RuntimeError(f"{len(results)} results for {len(started)} deliveries")
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Nobody cancelled us: something within the provider was, and let it out.
+        return [_broken(Outcome.UNKNOWN, error)] * len(started)
+    except Exception as error:
+        log.exception("call %s failed", started[0].call_id)
+        return [_broken(Outcome.UNKNOWN, error)] * len(started)
+    return results
+
+
+def _call_of(
+    content: StoredContent | None, started: Sequence[Started], last_look: Callable[[], bool]
+) -> SendCall | None:
+    """What the provider is asked; None where the content has been erased."""
+    message = content.message if content else None
+    if content is None or message is None or message.sender is None:
+        return None
+    message_id = message_of(started[0].delivery.delivery_id)
+    numbers = [s.delivery.delivery_id.int & 0xFFFF for s in started]
+    return SendCall(
+        call_id=started[0].call_id,
+        message_id=message_id,
+        project=content.project,
+        message=message,
+        rfc_message_id=rfc_message_id(message_id, message.sender.address),
+        created_at=content.created_at,
+        addressees=[
+            Addressee(s.delivery.delivery_id, message.recipients[number - 1])
+            for s, number in zip(started, numbers, strict=True)
+        ],
+        last_look=last_look,
+    )
+
+
+def _broken(outcome: Outcome, error: BaseException) -> Result:
+    text = result_text(f"{type(error).__name__}: {error}")
+    return Result(outcome, Cause.INTERNAL, text=text)
