@@ -101,8 +101,9 @@ class Doorbell:
 
     async def feed_hints(self) -> AsyncIterator[None]:
         """Yield at each hint, and once whenever the subscription begins anew; never ends."""
-        if self._redis is None:
+        if self.url is None:
             await asyncio.Event().wait()
+            return
         while True:
             try:
                 async with Redis.from_url(self.url, socket_connect_timeout=1).pubsub() as hints:

@@ -73,9 +73,13 @@ def enqueue(
 ) -> pb.EnqueueRequest:
     """An EnqueueRequest to these addresses; `fields` are those of MailMessage, `edit` the rest."""
     message = message_pb2.MailMessage(
-        sender=message_pb2.Mailbox(address="shop@example.test"),
         to=[message_pb2.Recipient(address=a) for a in to or ("ada@example.test",)],
-        **{"subject": "Hello", "text": "A word.", **fields},
+        **{
+            "sender": message_pb2.Mailbox(address="shop@example.test"),
+            "subject": "Hello",
+            "text": "A word.",
+            **fields,
+        },
     )
     request = pb.EnqueueRequest(request_id=request_id, message=message)
     if edit is not None:

@@ -254,7 +254,8 @@ class Edge(grpc.aio.ServerInterceptor):
             return None
         if isinstance(request, mail_service_pb2.ListEventsRequest):
             # A caller who asked to wait gets the wait, and then as long as everybody.
-            return self._deadline_s + max(0, min(request.wait.seconds, LONGEST_WAIT_S))
+            wait_s = request.wait.seconds + request.wait.nanos / 1e9
+            return self._deadline_s + max(0.0, min(wait_s, LONGEST_WAIT_S))
         return self._deadline_s
 
     async def _let_in(self, request: Any, context: Any) -> None:

@@ -13,8 +13,10 @@ import grpc
 
 from mailgrpc.core.ids import DELIVERY, EVENT, to_text
 from mailgrpc.db.engine import Database
+from mailgrpc.server.feed import Feed
 from mailgrpc.v1 import mail_service_pb2 as pb
-from tests.gateway import PATIENCE_S
+from tests.gateway import PATIENCE_S, Gateway
+from tests.server.answers import Refusal, read_refusal
 
 
 class Stream:
@@ -27,9 +29,9 @@ class Stream:
         self.snapshot: list[Any] = []
         self.caught_up = 0
 
-    async def read(self) -> Any:
+    async def read(self, within_s: float = PATIENCE_S) -> Any:
         """The next response. Raises grpc.aio.AioRpcError where the server ended the stream."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(within_s):
             response = await self.call.read()
         assert response is not grpc.aio.EOF, "a stream ends by an error only"
         self.events += response.events
@@ -45,6 +47,14 @@ class Stream:
 
     async def until_caught_up(self) -> None:
         await self.until(lambda s: s.caught_up > 0)
+
+    async def refusal(self) -> Refusal:
+        """How the server ended the stream, whatever came before."""
+        try:
+            while True:
+                await self.read()
+        except grpc.aio.AioRpcError as error:
+            return read_refusal(error)
 
     async def until_events(self, count: int) -> None:
         await self.until(lambda s: len(s.events) >= count)
@@ -64,6 +74,22 @@ async def watching(stub: Any, **request: Any) -> AsyncIterator[Stream]:
         yield stream
     finally:
         stream.call.cancel()
+
+
+def feed_of(server: Gateway) -> Feed:
+    """The feed of a server in this process."""
+    return server.server._feed
+
+
+def nudge(server: Gateway) -> None:
+    """Tell the server that somebody who rang nowhere has written events."""
+    feed_of(server).wake()
+
+
+async def all_after(stub: Any, token: str, **request: Any) -> list[Any]:
+    """The events from a token to now."""
+    async with watching(stub, resume_token=token, **request) as stream:
+        return stream.events
 
 
 async def table(db: Database, project_id: int = 1) -> list[Any]:

@@ -11,14 +11,16 @@ from typing import Any
 
 import asyncpg
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from mailgrpc.db.engine import Database
-from tests.feed.reading import Stream, faults, table, watching
+from tests.feed.reading import Stream, all_after, faults, nudge, table, watching
 from tests.feed.writing import enqueue, message
 from tests.gateway import PATIENCE_S, Gateway
 
 EVENTS = 20_000
 RECONNECTS = 50
+A_SECOND = Duration(seconds=1)
 WRITERS = ((0, 1), (0, 2), (1, 2))  # the lanes of each process: two writers meet in every lane
 
 
@@ -33,7 +35,8 @@ async def test_writers_that_overtake_each_other_and_a_reader_that_moves_lose_not
     seen: list[Any] = []
     reconnects = 0
     while reconnects < RECONNECTS or not ended.done():
-        stream = Stream((server, other_server)[reconnects % 2].stub, resume_token=token)
+        stub = (server, other_server)[reconnects % 2].stub
+        stream = Stream(stub, resume_token=token, heartbeat=A_SECOND)
         wanted = rng.randint(1, EVENTS // RECONNECTS)
         await stream.until(lambda s, n=wanted: len(s.events) >= n or (ended.done() and s.caught_up))
         stream.call.cancel()  # whatever is on its way was not handed over
@@ -41,8 +44,7 @@ async def test_writers_that_overtake_each_other_and_a_reader_that_moves_lose_not
         token = stream.token
         reconnects += 1
     assert await ended == [0, 0, 0]
-    async with watching(other_server.stub, resume_token=token) as last:
-        seen += last.events
+    seen += await all_after(other_server.stub, token)
 
     rows = await table(db)
     assert len(rows) >= EVENTS
@@ -125,9 +127,11 @@ async def test_without_the_lock_of_the_lane_the_event_that_commits_late_is_lost(
         await early.append(lane=3)  # takes its seq, and is in no hurry
         await late.append(lane=3)
         await late.commit()
+        nudge(server)
         await stream.until_events(1)
         await early.commit()
         await enqueue(db, message())  # in another lane: when this is read, the lost one was due
+        nudge(server)
         await stream.until_events(2)
         rows = await table(db)
     assert len(rows) == 3
@@ -147,6 +151,7 @@ async def test_with_the_lock_of_the_lane_commits_come_in_the_order_of_seq(
         await early.commit()
         await waiting
         await late.commit()
+        nudge(server)
         await stream.until_events(2)
         assert faults(stream.events, await table(db)) == []
 
@@ -163,8 +168,8 @@ async def test_lanes_commit_past_each_other_and_nothing_is_lost(
         await early.append(lane=3)
         await late.append(lane=4)
         await late.commit()
+        nudge(server)
         await stream.until_events(1)
     await early.commit()
-    async with watching(other_server.stub, resume_token=stream.token) as resumed:
-        seen = stream.events + resumed.events
+    seen = stream.events + await all_after(other_server.stub, stream.token)
     assert faults(seen, await table(db)) == []
