@@ -169,7 +169,7 @@ def load_settings(
     *,
     path: Path | None = None,
     overrides: Mapping[str, str] | None = None,
-    warn: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda _text: None,
 ) -> Settings:
     """Read the settings.
 

@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from typing import Any
 
 import msgpack
 from arq.connections import ArqRedis, RedisSettings
@@ -89,9 +90,8 @@ class Doorbell:
             await asyncio.sleep(timeout_s)
             return False
         try:
-            answer = await asyncio.wait_for(
-                self._redis.blpop([_RINGS], timeout=timeout_s), timeout_s + 1
-            )
+            blocking: Any = self._redis.blpop([_RINGS], timeout=max(round(timeout_s), 1))
+            answer = await asyncio.wait_for(blocking, timeout_s + 2)
         except _BROKEN as error:
             self._note(error)
             await asyncio.sleep(min(timeout_s, _RECONNECT_S))

@@ -28,7 +28,7 @@ class Gateway:
         self.settings = settings
         self.database = Database(settings.database_url, pool_size=6)
         self.capture = CaptureProvider()
-        self.channels = {name: self.capture for name in settings.channels}
+        self.channels = dict.fromkeys(settings.channels, self.capture)
         self.server = MailServer(settings, self.database, channels=self.channels)
         self.worker = Worker(settings, self.database, channels=self.channels) if worker else None
 

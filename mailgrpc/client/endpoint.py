@@ -25,7 +25,7 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     # Between its own attempts to connect, gRPC answers from memory: those must not be rarer than
     # ours.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # for all its name, how long one attempt may take
     ("grpc.max_reconnect_backoff_ms", 5_000),
     # Trying again is decided in one place, `policy`.
     ("grpc.enable_retries", 0),

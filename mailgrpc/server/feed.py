@@ -131,7 +131,8 @@ class Feed:
         mine = await self._labelled([e for e in events if e.project_id == reader.project_id])
         reader.place = advance(reader.place, events)
         self.ring.try_join(reader)
-        return [Entry(e) for e in mine], True
+        more = len(events) == PAGE_EVENTS or not self.ring.is_at_end(reader)
+        return [Entry(e) for e in mine], more
 
     async def wait_for_news(self, reader: Reader, timeout_s: float) -> bool:
         """Wait until there may be more to read. False: nothing came in this time."""

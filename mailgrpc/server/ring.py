@@ -253,6 +253,10 @@ class Ring:
         reader.number = number
         reader.settled = number == self._next and covers(self._place, reader.place)
 
+    def is_at_end(self, reader: Reader) -> bool:
+        """Whether the reader's next batch has still to come."""
+        return reader.number == self._next
+
     def has(self, reader: Reader) -> bool:
         """Whether the reader's next batch is here, or will be the next to come."""
         return reader.number is not None and reader.number >= self._first
@@ -275,8 +279,11 @@ class Ring:
         return entries, reader.number < self._next
 
     async def sleep(self, reader: Reader, timeout_s: float) -> bool:
-        """Wait until there may be something for the reader. False: nothing came in this time."""
-        if reader.number != self._next or reader.epoch != self._epoch:
+        """Wait until there may be something for the reader. False: nothing came in this time.
+
+        Returns at once where something came since it last read.
+        """
+        if not self.is_at_end(reader) or reader.epoch != self._epoch:
             return True
         loop = asyncio.get_running_loop()
         reader.waiter = loop.create_future()

@@ -169,12 +169,18 @@ class Watch:
                 async for response in self._snapshot(wanted, snapshot, shown, pulse):
                     yield response
                 end = await self._feed.now()
-            is_caught_up = False
+            is_caught_up, more = False, True
             while True:
                 if not is_caught_up and covers(reader.place, end):
                     is_caught_up, shown = True, None
                     yield WatchStatusResponse(
                         caught_up=True, resume_token=wanted.token(reader.place)
+                    )
+                elif not more:
+                    await self._feed.wait_for_news(reader, pulse.left_s)
+                if pulse.is_due:
+                    yield WatchStatusResponse(
+                        resume_token=wanted.token(reader.place) if shown is None else ""
                     )
                 before = reader.place
                 entries, more = await self._feed.read(reader)
@@ -185,12 +191,6 @@ class Watch:
                     yield WatchStatusResponse(
                         events=[e.shown for e in chunk],
                         resume_token=wanted.token(behind) if shown is None else "",
-                    )
-                if not more:
-                    await self._feed.wait_for_news(reader, pulse.left_s)
-                if pulse.is_due:
-                    yield WatchStatusResponse(
-                        resume_token=wanted.token(reader.place) if shown is None else ""
                     )
 
     async def _place_of(self, wanted: Wanted, token: str) -> Place:

@@ -21,7 +21,8 @@ from typing import Self
 import asyncpg
 
 from mailgrpc.client import MailClient
-from mailgrpc.config import DEFAULT_CHANNEL, HostPort, Settings, load_settings
+from mailgrpc.config import HostPort, Settings, load_settings
+from mailgrpc.core.message import DEFAULT_CHANNEL
 from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import migrate
 from mailgrpc.embedded.binaries import find_valkey

@@ -29,7 +29,6 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import groupby
 
 from mailgrpc.core.delivery import Mode, next_step
 from mailgrpc.core.ids import new_id
@@ -226,9 +225,13 @@ class Drain:
         )
         self._doorbell.hint_feed()
         last_look = functools.partial(self._session.may_send, session_id)
-        started.sort(key=lambda s: s.call_id)
-        for call_id, members in groupby(started, key=lambda s: s.call_id):
-            task = asyncio.create_task(self._send(calls[call_id], list(members), last_look))
+        members: dict[uuid.UUID, list[Started]] = {call_id: [] for call_id in calls}
+        for s in started:
+            members[s.call_id].append(s)
+        for call_id, group in calls.items():  # in the order of the claim
+            if not members[call_id]:
+                continue
+            task = asyncio.create_task(self._send(group, members[call_id], last_look))
             self._sending.add(task)
             task.add_done_callback(self._sent)
 

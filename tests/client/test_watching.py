@@ -34,6 +34,7 @@ MAIL: dict[str, Any] = {
     "text": "Thank you.",
 }
 EVENTS_A_MAIL = 3  # QUEUED, SENDING, SENT
+NOBODYS = "msg_" + "0" * 26  # an id that no message has
 
 
 def send_mails(client: MailClient, count: int) -> tuple[str, list[str]]:
@@ -222,7 +223,7 @@ def socket_that_never_answers() -> Any:
 
 
 def test_another_thread_ends_a_watch_that_waits(mailgrpc_client: MailClient) -> None:
-    watch = mailgrpc_client.watch(filter=MessageFilter(message_ids=["msg_0"]), heartbeat_s=300)
+    watch = mailgrpc_client.watch(filter=MessageFilter(message_ids=[NOBODYS]), heartbeat_s=300)
     updates = watch.updates()
     assert next(updates).caught_up  # what follows waits for minutes
     ended: list[object] = []
@@ -235,7 +236,7 @@ def test_another_thread_ends_a_watch_that_waits(mailgrpc_client: MailClient) -> 
 
 async def test_asyncio_ends_a_watch_that_waits(mailgrpc_target: str) -> None:
     async with AsyncMailClient(mailgrpc_target) as client:
-        watch = client.watch(filter=MessageFilter(message_ids=["msg_0"]), heartbeat_s=300)
+        watch = client.watch(filter=MessageFilter(message_ids=[NOBODYS]), heartbeat_s=300)
         async for update in watch.updates():
             assert update.caught_up
             break
@@ -253,7 +254,7 @@ async def test_a_cancelled_reader_is_cancelled(mailgrpc_target: str) -> None:
     async with AsyncMailClient(mailgrpc_target) as client:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                async for _ in client.watch(filter=MessageFilter(message_ids=["msg_0"])):
+                async for _ in client.watch(filter=MessageFilter(message_ids=[NOBODYS])):
                     pass
 
 

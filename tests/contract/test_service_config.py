@@ -56,7 +56,7 @@ class Flaky(mail_service_pb2_grpc.MailServiceServicer):
 
     calls = 0
 
-    def GetPrefs(self, request: Any, context: Any) -> Any:  # noqa: N802  its name in the contract
+    def GetPrefs(self, request: Any, context: Any) -> Any:
         self.calls += 1
         if self.calls < 4:
             context.abort(grpc.StatusCode.UNAVAILABLE, "not now")

@@ -30,7 +30,9 @@ async def test_writers_that_overtake_each_other_and_a_reader_that_moves_lose_not
     rng = random.Random(4711)
     async with watching(server.stub) as first:
         token = first.token
-    writers = [await _start_writers(database_url, lanes, seed) for seed, lanes in enumerate(WRITERS)]
+    writers = [
+        await _start_writers(database_url, lanes, seed) for seed, lanes in enumerate(WRITERS)
+    ]
     ended = asyncio.gather(*(w.wait() for w in writers))
     seen: list[Any] = []
     reconnects = 0

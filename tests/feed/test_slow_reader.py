@@ -15,6 +15,7 @@ import pytest
 from mailgrpc.config import Settings
 from mailgrpc.db.engine import Database
 from mailgrpc.server import ring
+from mailgrpc.v1 import mail_service_pb2 as pb
 from mailgrpc.v1 import mail_service_pb2_grpc
 from tests.feed.reading import faults, feed_of, nudge, table, watching
 from tests.feed.writing import enqueue, message
@@ -109,6 +110,7 @@ async def test_the_ring_is_bounded_and_who_falls_out_of_it_reads_the_table(
             nudge(server)
             await live.until_events(200 * (number + 1))
             assert feed.ring.event_count <= 300
+        assert any(not feed.ring.has(reader) for reader in feed.ring._of_project[1])
         await stopped.until_events(2000)
         rows = await table(db)
         assert faults(stopped.events, rows) == []
@@ -144,8 +146,6 @@ async def test_a_thousand_streams_that_came_and_went_leave_nothing_behind(server
 
 
 async def _opened(server: Gateway) -> Any:
-    from mailgrpc.v1 import mail_service_pb2 as pb
-
     stream = server.stub.WatchStatus(pb.WatchStatusRequest())
     assert (await stream.read()).caught_up
     return stream

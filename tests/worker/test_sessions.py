@@ -77,7 +77,7 @@ async def _outlive_all_but(alive: Part, clock: Clock) -> None:
     await alive.reaper.reap()
     for _ in range(6):
         clock.now += LEASE_S / 6
-        await beat(alive.session._database, alive.session.session_id)
+        await alive.session._beat_until_heard()
         await alive.reaper.reap()
 
 

@@ -1,0 +1,221 @@
+"""Results that come after somebody took the delivery for lost (DESIGN: results, late or not)."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from mailgrpc.core.delivery import (
+    UNENDED,
+    Cause,
+    Mode,
+    Outcome,
+    Result,
+    State,
+    Step,
+    late_step,
+    next_step,
+)
+from mailgrpc.core.ids import delivery_id, new_id
+from mailgrpc.core.retry import DEFAULT_POLICY
+from mailgrpc.db.deliveries import (
+    Move,
+    Recorded,
+    Started,
+    Starting,
+    claim_due,
+    move_deliveries,
+    record_outcomes,
+    start_deliveries,
+)
+from mailgrpc.db.engine import Database
+from mailgrpc.db.workers import open_session
+from tests.worker.rig import ACCEPTED, LossyDatabase, Store
+
+REJECTED = Result(Outcome.REJECTED, Cause.BAD_ADDRESS, 550, text="no such mailbox")
+DEFERRED = Result(Outcome.DEFERRED, Cause.MAILBOX_FULL, 452, text="mailbox full")
+UNKNOWN = Result(Outcome.UNKNOWN, Cause.TIMEOUT, text="no answer")
+LOST = Result(Outcome.UNKNOWN, Cause.WORKER_LOST)
+
+
+async def _start(db: Database, message: uuid.UUID) -> Started:
+    session = await open_session(db, "test", [])
+    await claim_due(db, session, "default", 10, 0)
+    [started] = await start_deliveries(
+        db, session, 0, [Starting(delivery_id(message, 1), new_id(), new_id())]
+    )
+    return started
+
+
+async def _record(db: Database, started: Started, result: Result) -> None:
+    now = datetime.now(UTC)
+    step = next_step(started.delivery, result, now, DEFAULT_POLICY, _NoJitter())
+    await record_outcomes(db, 0, [Recorded(started, "capture", now, result, step)])
+
+
+class _NoJitter:
+    def uniform(self, low: float, high: float) -> float:
+        return 1.0
+
+
+async def _move_to(store: Store, message: uuid.UUID, state: State) -> None:
+    """As Resend, cancel, expiry and so on would."""
+    delivery = await store.delivery(message)
+    due_at = datetime.now(UTC) if state in UNENDED else None
+    step = Step(state, delivery.possibly_sent, due_at)
+    assert await move_deliveries(store.db, 0, "test", [Move(delivery, step)]) == 1
+
+
+async def _outcome(store: Store, message: uuid.UUID, number: int = 1) -> Outcome:
+    attempt = (await store.attempts(message))[number - 1]
+    assert attempt.result is not None
+    return attempt.result.outcome
+
+
+async def test_acceptance_told_late_makes_an_unknown_outcome_sent(
+    db: Database, store: Store
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    started = await _start(db, message)
+    await _record(db, started, LOST)
+    assert await store.state(message) is State.OUTCOME_UNKNOWN
+    await _record(db, started, ACCEPTED)
+    assert await store.state(message) is State.SENT
+    assert await _outcome(store, message) is Outcome.ACCEPTED
+    [event] = await db.fetch("SELECT * FROM events ORDER BY seq DESC LIMIT 1")
+    assert (event["old_state"], event["state"]) == (State.OUTCOME_UNKNOWN, State.SENT)
+    assert event["outcome"] == Outcome.ACCEPTED
+
+
+@pytest.mark.parametrize("ahead", [timedelta(0), timedelta(hours=1)])
+@pytest.mark.parametrize("proof", [ACCEPTED, REJECTED])
+async def test_late_proof_drops_the_pending_retry(
+    db: Database, store: Store, proof: Result, ahead: timedelta
+) -> None:
+    message = await store.put(mode=Mode.RETRYING)
+    started = await _start(db, message)
+    now = datetime.now(UTC)
+    await record_outcomes(
+        db, 0, [Recorded(started, "", now, LOST, Step(State.DEFERRED, True, now + ahead))]
+    )
+    assert await store.state(message) is State.DEFERRED
+    await _record(db, started, proof)
+    expected = State.SENT if proof is ACCEPTED else State.FAILED
+    delivery = await store.delivery(message)
+    assert delivery.state is expected
+    assert delivery.due_at is None
+    assert await store.due_rows() == 0
+    assert await store.value("SELECT count(*) FROM scheduled") == 0
+
+
+@pytest.mark.parametrize("result", [DEFERRED, UNKNOWN])
+async def test_what_proves_no_sending_either_way_moves_nothing_when_late(
+    db: Database, store: Store, result: Result
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    started = await _start(db, message)
+    await _record(db, started, LOST)
+    before = await store.delivery(message)
+    await _record(db, started, result)
+    after = await store.delivery(message)
+    assert replace(after, last_result=None) == replace(before, last_result=None)
+    assert await _outcome(store, message) is result.outcome
+
+
+async def test_with_a_newer_attempt_only_the_older_ones_record_changes(
+    db: Database, store: Store
+) -> None:
+    message = await store.put(mode=Mode.RETRYING)
+    first = await _start(db, message)
+    await _record(db, first, LOST)
+    await store.make_due()
+    second = await _start(db, message)
+
+    await _record(db, first, ACCEPTED)
+    delivery = await store.delivery(message)
+    assert delivery.state is State.SENDING
+    assert delivery.possibly_sent
+    assert await _outcome(store, message, 1) is Outcome.ACCEPTED
+
+    await _record(db, second, DEFERRED)
+    await _record(db, first, ACCEPTED)  # once more, the newer attempt being over
+    delivery = await store.delivery(message)
+    assert delivery.state is State.DEFERRED
+    assert delivery.possibly_sent
+    assert await _outcome(store, message, 2) is Outcome.DEFERRED
+
+
+@pytest.mark.parametrize(("first", "second"), [(ACCEPTED, REJECTED), (REJECTED, ACCEPTED)])
+async def test_proof_after_proof_changes_nothing(
+    db: Database, store: Store, first: Result, second: Result
+) -> None:
+    message = await store.put()
+    started = await _start(db, message)
+    await _record(db, started, first)
+    before = await store.delivery(message)
+    await _record(db, started, second)
+    assert await store.delivery(message) == before
+
+
+@pytest.mark.parametrize("result", [ACCEPTED, REJECTED, DEFERRED, UNKNOWN])
+@pytest.mark.parametrize("state", sorted(set(State) - {State.SENDING}))
+async def test_the_database_moves_what_late_step_says(
+    db: Database, store: Store, state: State, result: Result
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    started = await _start(db, message)
+    await _record(db, started, LOST)
+    if state is not State.OUTCOME_UNKNOWN:
+        await _move_to(store, message, state)
+    before = await store.delivery(message)
+    step = late_step(before, result)
+
+    await _record(db, started, result)
+    after = await store.delivery(message)
+    assert after.state is (step.state if step else state)
+    assert after.version == before.version + (step is not None)
+    assert after.possibly_sent
+    assert await _outcome(store, message) is result.outcome
+    assert await store.due_rows() == (after.state in UNENDED)
+
+
+@pytest.mark.parametrize("result", [ACCEPTED, REJECTED])
+async def test_a_record_whose_answer_was_lost_does_not_undo_a_resend(
+    db: Database, store: Store, result: Result
+) -> None:
+    message = await store.put()
+    started = await _start(db, message)
+    await _record(db, started, result)
+    await _move_to(store, message, State.QUEUED)  # by Resend, at the caller's risk
+    await _record(db, started, result)  # the same once more
+    assert await store.state(message) is State.QUEUED
+    assert await store.due_rows() == 1
+
+
+@pytest.mark.parametrize("result", [ACCEPTED, REJECTED, DEFERRED, UNKNOWN])
+async def test_a_record_run_twice_leaves_one_attempt_and_one_event(
+    lossy: LossyDatabase, store: Store, result: Result
+) -> None:
+    message = await store.put()
+    started = await _start(lossy, message)
+    await _record(lossy, started, result)
+    before = await store.delivery(message)
+    events = await store.value("SELECT count(*) FROM events")
+    await _record(lossy, started, result)
+    assert await store.delivery(message) == before
+    assert await store.value("SELECT count(*) FROM events") == events
+    assert len(await store.attempts(message)) == 1
+
+
+async def test_a_result_for_what_was_cleared_meanwhile_leaves_nothing(
+    db: Database, store: Store
+) -> None:
+    message = await store.put()
+    started = await _start(db, message)
+    await db.write("DELETE FROM deliveries")
+    await db.write("DELETE FROM due")
+    await _record(db, started, ACCEPTED)
+    assert await store.value("SELECT count(*) FROM attempts") == 0
