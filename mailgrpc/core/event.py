@@ -132,7 +132,15 @@ class Filter:
     @property
     def is_empty(self) -> bool:
         """Whether everything matches."""
-        return self == EVERYTHING
+        return not (
+            self.message_ids
+            or self.correlation_ids
+            or self.recipients
+            or self.tags
+            or self.states
+            or self.created_after
+            or self.created_before
+        )
 
     def matches(self, event: Event) -> bool:
         """Whether a watcher with this filter is shown this event.

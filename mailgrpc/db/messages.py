@@ -221,19 +221,43 @@ class StoredContent:
 
 
 async def read_contents(
-    db: Database, message_ids: Iterable[uuid.UUID], *, with_files: bool
+    db: Database,
+    message_ids: Iterable[uuid.UUID],
+    *,
+    with_files: bool,
+    most_bytes: int | None = None,
 ) -> dict[uuid.UUID, StoredContent]:
-    """The contents of these messages, of any project. Without files their data is empty."""
+    """The contents of these messages, of any project. Without files their data is empty.
+
+    With `most_bytes` only as many, in the order asked for, as lie within it; always the first.
+    """
     ids = list(message_ids)
-    rows = await db.fetch(
-        """SELECT m.*, p.name AS project FROM messages m JOIN projects p ON p.id = m.project_id
-           WHERE m.id = ANY ($1::uuid[])""",
-        ids,
-    )
+    if most_bytes is None:
+        rows = await db.fetch(
+            """SELECT m.*, p.name AS project FROM messages m JOIN projects p ON p.id = m.project_id
+               WHERE m.id = ANY ($1::uuid[])""",
+            ids,
+        )
+    else:
+        # The length of what lies apart (TOAST) is known without reading it.
+        rows = await db.fetch(
+            """SELECT m.*, p.name AS project FROM (
+                   SELECT k.id, sum(coalesce(octet_length(m.content), 0) + f.bytes) OVER (
+                       ORDER BY k.n ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+                   FROM unnest($1::uuid[]) WITH ORDINALITY AS k(id, n)
+                   JOIN messages m ON m.id = k.id
+                   CROSS JOIN LATERAL (SELECT coalesce(sum(octet_length(a.data)), 0) AS bytes
+                       FROM attachments a WHERE a.message_id = k.id) AS f) AS k
+               JOIN messages m ON m.id = k.id JOIN projects p ON p.id = m.project_id
+               WHERE coalesce(k.before, 0) < $2""",
+            ids,
+            most_bytes,
+        )
     files: dict[uuid.UUID, dict[int, bytes]] = {}
     if with_files:
         for row in await db.fetch(
-            "SELECT * FROM attachments WHERE message_id = ANY ($1::uuid[])", ids
+            "SELECT * FROM attachments WHERE message_id = ANY ($1::uuid[])",
+            [row["id"] for row in rows],
         ):
             files.setdefault(row["message_id"], {})[row["position"]] = row["data"]
     return {

@@ -38,7 +38,8 @@ from mailgrpc.db.events import check_place, read_events, read_place
 from mailgrpc.db.messages import read_labels
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import Reason, StoreUnavailable, TokenExpired, Unavailable
-from mailgrpc.server.ring import Entry, Reader, Ring
+from mailgrpc.server.batch import Entry
+from mailgrpc.server.ring import Reader, Ring
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ async def foreseen(db: Database, new: NewMessage) -> list[delivery_pb2.Delivery]
     duplicates = await read_duplicates(db, new)
     found = []
     for recipient in recipients:
-        duplicate_of = duplicates.get(recipient.key)
         reason = refusals[recipient.key].of(new.flags)
+        duplicate_of = None if reason else duplicates.get(recipient.key)
         if duplicate_of is not None:
             reason = SuppressionReason.DUPLICATE
         if reason:

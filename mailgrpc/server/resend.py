@@ -79,11 +79,12 @@ class Resend:
         said = json.dumps([str(message_id), list(recipients), request.accept_duplicate_risk])
         fingerprint = hashlib.sha256(said.encode()).digest()
         token = encode_token(caller.project_id, await self._feed.now())
+        in_doubt = False  # whether an earlier turn of this call may have done it
         for _ in range(_TRIES):
             refused = await self._known(caller, request.request_id, fingerprint)
             if refused is not None:
                 return await self._answer(
-                    caller, message_id, recipients, refused, token=token, replayed=True
+                    caller, message_id, recipients, refused, token=token, replayed=not in_doubt
                 )
             status = await self._status(caller, message_id)
             decision = await self._decide(
@@ -107,6 +108,7 @@ class Resend:
             except AmbiguousCommit:
                 if not request.request_id:
                     raise  # what was read next would not tell whose change it is
+                in_doubt = True
                 continue
             if won:
                 self._doorbell.ring()

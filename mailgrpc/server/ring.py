@@ -1,8 +1,6 @@
 """The recent end of the feed in memory, and the readers that wait at it.
 
-Events come in batches, each as one page was read. A batch knows which of its events a reader may
-want, by the one field of its filter that narrows most: so what a batch costs grows with the events
-and with the readers that it is for, not with all that wait.
+Events come in batches, each as one page was read (server/batch.py).
 
 A reader is at a place, which says what it has seen. Reading the table and reading the batches may
 interleave lanes differently, so a reader that comes from the table may be ahead of the batches in
@@ -18,35 +16,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-from mailgrpc.core.event import Event, EventKind, Filter
+from mailgrpc.core.event import Event, Filter
 from mailgrpc.core.place import HISTORY_GONE, ORIGIN, Place, advance, covers, join
 from mailgrpc.errors import TokenExpired
-from mailgrpc.server import convert
+from mailgrpc.server.batch import Batch, Entry, Key, is_of_all, keys_of_filter
 
 RING_EVENTS = 8192
 """Events kept in memory; who is further behind reads the table."""
-
-Key = tuple[Hashable, ...]
-
-
-class Entry:
-    """An event in memory, with its protobuf form once somebody needed it: made once for all."""
-
-    __slots__ = ("_shown", "event")
-
-    def __init__(self, event: Event) -> None:
-        self.event = event
-        self._shown: Any = None
-
-    @property
-    def shown(self) -> Any:
-        """The event as callers see it."""
-        if self._shown is None:
-            self._shown = convert.event(self.event)
-        return self._shown
 
 
 class Reader:
@@ -57,9 +36,9 @@ class Reader:
     def __init__(self, project_id: int, place: Place, wanted: Filter, epoch: int) -> None:
         self.project_id = project_id
         self.place: Place = place
-        self.keys = _keys_of_filter(project_id, wanted)
-        # Whether its filter names messages, correlation ids or recipients.
-        self.is_keyed = self.keys != ((project_id,),)
+        self.keys = keys_of_filter(project_id, wanted)
+        # Whether its filter names what a batch can be searched for.
+        self.is_keyed = not is_of_all(self.keys)
         self.epoch = epoch
         self.number: int | None = None
         self.settled = False
@@ -69,70 +48,6 @@ class Reader:
     def is_asleep(self) -> bool:
         """Whether it waits for news and none was announced yet."""
         return self.waiter is not None and not self.waiter.done()
-
-
-class Batch:
-    """A page of events, in order, and the place behind it."""
-
-    __slots__ = ("_by_key", "_of_project", "_to_all", "behind", "size")
-
-    def __init__(self, events: Sequence[Event], behind: Place) -> None:
-        self.behind = behind
-        self.size = len(events)
-        self._of_project: dict[int, list[Entry]] = {}
-        for event in events:
-            self._of_project.setdefault(event.project_id, []).append(Entry(event))
-        self._by_key: dict[Key, list[Entry]] | None = None
-        self._to_all: dict[int, list[Entry]] = {}
-
-    def entries_for(self, reader: Reader) -> Sequence[Entry]:
-        """What the reader may want, in order; its filter has the last word."""
-        mine = self._of_project.get(reader.project_id, [])
-        if not reader.is_keyed or len(reader.keys) >= len(mine):
-            return mine
-        index = self.index()
-        found = [entry for key in reader.keys for entry in index.get(key, ())]
-        found += self._to_all.get(reader.project_id, ())
-        found.sort(key=lambda entry: entry.event.seq)  # as the page was
-        return found
-
-    def projects(self) -> Iterable[int]:
-        """Whose events these are."""
-        return self._of_project.keys()
-
-    def projects_told(self) -> Iterable[int]:
-        """Projects of which every reader is told something, whatever its filter."""
-        self.index()
-        return self._to_all.keys()
-
-    def index(self) -> dict[Key, list[Entry]]:
-        """The events by the keys that filters can name."""
-        if self._by_key is None:
-            self._by_key = {}
-            for project_id, entries in self._of_project.items():
-                for entry in entries:
-                    if entry.event.kind is not EventKind.STATE_CHANGED:
-                        self._to_all.setdefault(project_id, []).append(entry)
-                        continue
-                    for key in _keys_of_event(entry.event):
-                        self._by_key.setdefault(key, []).append(entry)
-        return self._by_key
-
-
-def _keys_of_filter(project_id: int, wanted: Filter) -> tuple[Key, ...]:
-    """What to find a reader by: the values of one field, as every field has to be satisfied."""
-    for field in ("message_ids", "correlation_ids", "recipients"):
-        if values := getattr(wanted, field):
-            return tuple((project_id, field, value) for value in values)
-    return ((project_id,),)
-
-
-def _keys_of_event(event: Event) -> Iterator[Key]:
-    yield event.project_id, "message_ids", event.message_id
-    if event.labels.correlation_id:
-        yield event.project_id, "correlation_ids", event.labels.correlation_id
-    if event.delivery is not None:
-        yield event.project_id, "recipients", event.delivery.recipient
 
 
 class Ring:
@@ -268,7 +183,7 @@ class Ring:
             return (), False
         batch = self._batches[reader.number - self._first]
         reader.number += 1
-        entries = batch.entries_for(reader)
+        entries = batch.entries_for(reader.project_id, reader.keys)
         if reader.settled:
             reader.place = batch.behind
         else:

@@ -28,8 +28,8 @@ from mailgrpc.db.engine import Database
 from mailgrpc.db.snapshot import read_all_page, read_unended_page
 from mailgrpc.errors import Exhausted, InvalidRequest, Reason, Violation
 from mailgrpc.server import convert
+from mailgrpc.server.batch import Entry
 from mailgrpc.server.feed import Feed
-from mailgrpc.server.ring import Entry
 from mailgrpc.v1 import mail_service_pb2
 from mailgrpc.v1.mail_service_pb2 import WatchStatusResponse
 

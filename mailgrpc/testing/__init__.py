@@ -1,4 +1,4 @@
-"""For the tests of services that send mail: the real gateway in this process, and what it sent.
+"""For the tests of services that send mail: the real gateway, and what it sent.
 
 A pytest plugin; installing `mailgrpc[embedded]` is all there is to set up. A test of a service:
 
@@ -28,8 +28,8 @@ Fixtures:
     mailgrpc_outbox    (each test) the mails that were enqueued since this test began
     mailgrpc_options   (session) override it in a conftest.py: the arguments of `run_mailgrpc`
 
-It is the real server and the real worker, on PostgreSQL and Valkey of their own in a temporary
-directory; only the last step, the network to the mail provider, keeps the mail instead. So
+It is the real server and the real worker, in a process of their own, on a PostgreSQL and a Valkey
+of their own in a temporary directory; only the last step, the network to the mail provider, keeps the mail instead. So
 idempotency, preferences, retries and the status stream behave as in production. Nothing in
 the environment can make it send: it has no other channel. A run under pytest-xdist has one
 gateway a process. `MAILGRPC_TEST_DATABASE_URL` names a PostgreSQL server to use instead of the

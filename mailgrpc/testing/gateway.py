@@ -1,43 +1,47 @@
-"""The gateway for tests: the real server and worker, in a thread with an event loop of its own.
+"""The gateway for tests: the real server and worker, as a process of their own.
 
-Tests are blocking or run loops of their own, one each; the gateway outlives them all, so it
-needs its own. Everything it is given is said here: no setting of the developer's environment
-reaches it, so that no test can ever send a mail.
+Not a thread, though that would start sooner: gRPC's asyncio shares one poller among all event
+loops of a process, and one loop that was closed (every test of pytest-asyncio closes one) makes
+it drop the wake-ups of the others. What the gateway sent comes back over a socket (`outbox`).
+
+Everything that it is given is said here. No setting of the developer's environment reaches it, so
+that no test can ever send a mail.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
+import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import asyncpg
 
 from mailgrpc.client import MailClient
-from mailgrpc.config import HostPort, Settings, load_settings
-from mailgrpc.core.message import DEFAULT_CHANNEL
-from mailgrpc.db.engine import Database
-from mailgrpc.db.schema import migrate
+from mailgrpc.config import PREFIX, load_settings
+from mailgrpc.embedded.accounts import make_private_directory
 from mailgrpc.embedded.binaries import find_valkey
+from mailgrpc.embedded.command import Command, python_command
 from mailgrpc.embedded.postgres import EmbeddedPostgres
+from mailgrpc.embedded.process import inherited_environ
 from mailgrpc.embedded.valkey import EmbeddedValkey
 from mailgrpc.errors import EmbeddedError
-from mailgrpc.server.app import MailServer
-from mailgrpc.testing.outbox import Outbox, Tray, TrayProvider
+from mailgrpc.testing.outbox import Outbox, Tray
 from mailgrpc.v1.delivery_pb2 import Delivery, DeliveryState, WaitReason
 from mailgrpc.v1.mail_service_pb2 import Snapshot
-from mailgrpc.worker.runtime import Worker
+
+log = logging.getLogger("mailgrpc.testing")
 
 _TICK = timedelta(milliseconds=1)
 """A message's id tells when it was accepted to the millisecond."""
-_STOP_S = 5.0
 
 
 class TestGateway:
@@ -45,7 +49,7 @@ class TestGateway:
 
     `categories` names flag bits, `channels` the channels that messages may ask for.
     `database_url` is a PostgreSQL server to use, by default that of MAILGRPC_TEST_DATABASE_URL,
-    else an embedded one. `listen` is where; port 0 is a free one.
+    else an embedded one. `listen` is where, as HOST:PORT; port 0 is a free one.
     """
 
     __test__ = False  # not a test, for all its name
@@ -54,32 +58,31 @@ class TestGateway:
         self,
         *,
         categories: Mapping[str, int] | None = None,
-        channels: Sequence[str] = (DEFAULT_CHANNEL,),
+        channels: Sequence[str] = ("default",),
         database_url: str | None = None,
-        listen: str = "127.0.0.1",
-        port: int = 0,
+        listen: str = "127.0.0.1:0",
     ) -> None:
         self.target = ""
         self._categories = dict(categories or {})
         self._channels = tuple(channels)
         self._server_url = database_url or load_settings().test_database_url
-        self._listen = HostPort(listen, port)
-        self._tray = Tray()
+        self._listen = listen
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as resources:
-            database_url = resources.enter_context(self._database())
-            settings = Settings(
-                listen=self._listen,
-                database_url=database_url,
-                redis_url=resources.enter_context(_valkey()),
-                categories=self._categories,
-                channels=dict.fromkeys(self._channels, "capture:"),
-                grace_s=_STOP_S,
+            directory = resources.enter_context(_private_directory())
+            self._tray = resources.enter_context(Tray(directory / "outbox"))
+            database_url = resources.enter_context(_database(self._server_url))
+            redis_url = resources.enter_context(_valkey())
+            command = Command(
+                "gateway",
+                python_command("mailgrpc.testing.process", str(self._tray.path)),
+                self._environ(directory, database_url, redis_url),
+                on_line=log.warning,
             )
-            migrate(database_url)
-            self.target = resources.enter_context(_running(settings, self._tray))
+            resources.callback(command.stop)
+            self.target = command.start()
             self._client = resources.enter_context(MailClient(self.target))
             self._resources = resources.pop_all()
         return self
@@ -100,6 +103,25 @@ class TestGateway:
         since = now.replace(microsecond=now.microsecond // 1000 * 1000) + _TICK
         threading.Event().wait((since - now).total_seconds())
         return Outbox(self._tray, since, self._settle)
+
+    def _environ(self, directory: Path, database_url: str, redis_url: str | None) -> dict[str, str]:
+        """The child's whole environment: ours without any setting, and the settings of a test."""
+        no_file = directory / "mailgrpc.toml"
+        no_file.touch()
+        environ = {n: t for n, t in inherited_environ().items() if not n.startswith(PREFIX)}
+        environ |= {
+            "MAILGRPC_CONFIG": str(no_file),
+            "MAILGRPC_LISTEN": self._listen,
+            "MAILGRPC_DATABASE_URL": database_url,
+            "MAILGRPC_CATEGORIES": ",".join(f"{n}={bit}" for n, bit in self._categories.items()),
+            "MAILGRPC_LOG_LEVEL": "warning",
+            "MAILGRPC_LOG_FORMAT": "text",
+        }
+        if redis_url is not None:
+            environ["MAILGRPC_REDIS_URL"] = redis_url
+        for name in self._channels:
+            environ[f"MAILGRPC_CHANNEL_{name.upper().replace('-', '_')}_URL"] = "capture:"
+        return environ
 
     def _settle(self, timeout_s: float) -> None:
         """Wait until no delivery is about to be sent."""
@@ -122,22 +144,30 @@ class TestGateway:
         to = ", ".join(sorted(delivery.recipient for delivery in moving.values()))
         raise AssertionError(f"after {timeout_s:g} s mail is still about to be sent to {to}")
 
-    @contextlib.contextmanager
-    def _database(self) -> Iterator[str]:
-        """An empty database, gone afterwards."""
-        if self._server_url is None:
-            with EmbeddedPostgres(durable=False) as postgres:
-                yield postgres.url
-            return
-        server_url = self._server_url
-        name = f"mailgrpc_test_{os.getpid()}_{secrets.token_hex(4)}"
-        asyncio.run(_execute(server_url, f"CREATE DATABASE {name}"))
-        try:
-            base, _, rest = server_url.rpartition("/")
-            query = rest.partition("?")[1:]
-            yield "".join((base, "/", name, *query))
-        finally:
-            asyncio.run(_execute(server_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+@contextlib.contextmanager
+def _private_directory() -> Iterator[Path]:
+    directory = make_private_directory(None)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _database(server_url: str | None) -> Iterator[str]:
+    """The URL of an empty database that is gone afterwards."""
+    if server_url is None:
+        with EmbeddedPostgres(durable=False) as postgres:
+            yield postgres.url
+        return
+    name = f"mailgrpc_test_{os.getpid()}_{secrets.token_hex(4)}"
+    asyncio.run(_execute(server_url, f"CREATE DATABASE {name}"))
+    try:
+        base, _, rest = server_url.rpartition("/")
+        yield "".join((base, "/", name, *rest.partition("?")[1:]))
+    finally:
+        asyncio.run(_execute(server_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 async def _execute(url: str, sql: str) -> None:
@@ -158,48 +188,6 @@ def _valkey() -> Iterator[str | None]:
         return
     with EmbeddedValkey() as valkey:
         yield valkey.url
-
-
-@contextlib.contextmanager
-def _running(settings: Settings, tray: Tray) -> Iterator[str]:
-    """The server and the worker in a thread; where the server listens."""
-    ready: Future[tuple[str, Callable[[], object]]] = Future()
-
-    def run() -> None:
-        try:
-            asyncio.run(_serve(settings, tray, ready))
-        except BaseException as error:
-            if ready.done():
-                raise
-            ready.set_exception(error)
-
-    thread = threading.Thread(target=run, name="mailgrpc-gateway", daemon=True)
-    thread.start()
-    target, stop = ready.result()
-    try:
-        yield target
-    finally:
-        stop()
-        thread.join(3 * _STOP_S)
-
-
-async def _serve(
-    settings: Settings, tray: Tray, ready: Future[tuple[str, Callable[[], object]]]
-) -> None:
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    channels = {name: TrayProvider(tray) for name in settings.channels}
-    database = Database(settings.database_url, pool_size=settings.database_pool)
-    try:
-        server = MailServer(settings, database, channels=channels)
-        worker = Worker(settings, database, channels=channels)
-        where = await server.start()
-        await worker.start()
-        ready.set_result((str(where), lambda: loop.call_soon_threadsafe(stopped.set)))
-        await stopped.wait()
-        await worker.stop(_STOP_S)
-        await server.stop(0.5)
-    finally:
-        await database.close()
 
 
 def _is_moving(delivery: Delivery) -> bool:

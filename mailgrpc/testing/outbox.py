@@ -1,22 +1,21 @@
-"""What the gateway sent: the provider that keeps it, and a test's view of it."""
+"""What the gateway sent: where it arrives, and a test's view of it."""
 
 from __future__ import annotations
 
 import email
 import email.policy
+import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.message import EmailMessage
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Self
 
-from mailgrpc.core import ids
-from mailgrpc.core.delivery import Result, Role
-from mailgrpc.core.event import created_at_of
 from mailgrpc.core.message import Attachment
-from mailgrpc.providers.capture import Captured, CaptureProvider
-from mailgrpc.providers.provider import SendCall
 
 DEFAULT_TIMEOUT_S = 10.0
 _KEPT = 10_000
@@ -60,34 +59,35 @@ class SentMail:
 
 
 class Tray:
-    """All that was sent lately. Filled by the gateway's thread, read by the tests'."""
+    """All that was sent lately, as the gateway's process hands it over at `path`.
 
-    def __init__(self) -> None:
+    Each mail is confirmed once it lies here: the gateway says SENT no sooner.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.changed = threading.Condition()
         self.mails: deque[SentMail] = deque(maxlen=_KEPT)
+        self._listener = Listener(str(path), family="AF_UNIX")
 
-    def add(self, captured: Captured) -> None:
-        """Put a mail in and tell whoever waits."""
-        mail = _sent_mail(captured)
-        with self.changed:
-            self.mails.append(mail)
-            self.changed.notify_all()
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._receive, name="mailgrpc-outbox", daemon=True).start()
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
 
-class TrayProvider(CaptureProvider):
-    """The provider `capture`, which also tells of every mail as it is sent."""
-
-    def __init__(self, tray: Tray) -> None:
-        super().__init__(keep=1)
-        self._tray = tray
-
-    async def send(self, call: SendCall) -> list[Result]:
-        """Keep it, and tell."""
-        self.outbox.clear()
-        results = await super().send(call)
-        for captured in self.outbox:
-            self._tray.add(captured)
-        return results
+    def _receive(self) -> None:
+        try:
+            with self._listener.accept() as gateway:
+                while True:
+                    mail = pickle.loads(gateway.recv_bytes())  # noqa: S301  our own child's
+                    with self.changed:
+                        self.mails.append(mail)
+                        self.changed.notify_all()
+                    gateway.send_bytes(b"")
+        except (EOFError, OSError):  # the gateway has ended
+            return
 
 
 class Outbox:
@@ -143,28 +143,3 @@ class Outbox:
 
     def _mails(self) -> list[SentMail]:
         return [mail for mail in self._tray.mails if mail.created_at >= self._since]
-
-
-def _sent_mail(captured: Captured) -> SentMail:
-    call, message = captured.call, captured.call.message
-
-    def reached(role: Role) -> tuple[str, ...]:
-        return tuple(r.address for r in captured.recipients if r.role is role)
-
-    return SentMail(
-        message_id=ids.to_text(ids.MESSAGE, call.message_id),
-        created_at=created_at_of(call.message_id),
-        sender=message.sender.address if message.sender else "",
-        to=reached(Role.TO),
-        cc=reached(Role.CC),
-        bcc=reached(Role.BCC),
-        subject=message.subject,
-        text=message.text,
-        html=message.html,
-        attachments=message.attachments,
-        tags=message.tags,
-        categories=message.categories,
-        custom_args=message.custom_args,
-        correlation_id=message.correlation_id,
-        raw=captured.raw,
-    )

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 ALONE_FROM_CLAIMS = 3
 GIVEN_UP_AT_CLAIMS = 6
+CONTENT_BYTES = 32 * 1024 * 1024
+"""Stored content of a batch; a message may have 10 MiB, and a claim has 200."""
 
 _ERASED = Result(Outcome.REJECTED, Cause.CONTENT, text="the content has been erased")
 _GIVEN_UP = Result(
@@ -59,6 +61,7 @@ async def group_claims(
 ) -> list[Group]:
     """Claimed deliveries by message, as many in a group as a call may carry, in their order.
 
+    Left out is what was cleared since its claim, and what together would take too much memory.
     Raises StoreUnavailable.
     """
     given_up = [c.delivery_id for c in claimed if c.claims >= GIVEN_UP_AT_CLAIMS]
@@ -70,7 +73,7 @@ async def group_claims(
     contents, broken = await _read(database, list(by_message))
     for message_id, ids in by_message.items():
         if message_id not in contents and message_id not in broken:
-            continue  # cleared since; its rows in `due` went with it
+            continue
         ids.sort()
         for first in range(0, len(ids), group_max):
             part = tuple(ids[first : first + group_max])
@@ -83,7 +86,9 @@ async def _read(
 ) -> tuple[dict[uuid.UUID, StoredContent], dict[uuid.UUID, Result]]:
     """The contents, and a refusal for each message whose content cannot be unpacked."""
     try:
-        return await read_contents(database, message_ids, with_files=True), {}
+        return await read_contents(
+            database, message_ids, with_files=True, most_bytes=CONTENT_BYTES
+        ), {}
     except StoreUnavailable:
         raise
     except Exception as error:

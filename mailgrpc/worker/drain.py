@@ -171,6 +171,10 @@ class Drain:
             self._doorbell.ring()  # there is more: wakes the next worker
         claimed = await self._one_if_suspect(session_id, claims.claimed)
         waiting = deque(await group_claims(self._database, claimed, self._provider.group_max))
+        grouped = {i for group in waiting for i in group.delivery_ids}
+        await self._release(
+            session_id, [c.delivery_id for c in claimed if c.delivery_id not in grouped]
+        )
         try:
             while waiting and (batch := _take(waiting, await self._room(waiting[0].mode))):
                 await self._start(session_id, batch)

@@ -109,10 +109,8 @@ class Session:
 
     def may_send(self, session_id: int) -> bool:
         """The last look: whether nobody can have taken over what `session_id` has started."""
-        return (
-            session_id == self._id
-            and self._clock() < self._beaten_at + self._lease_s * (1 - _MARGIN)
-        )
+        until = self._beaten_at + self._lease_s * (1 - _MARGIN)
+        return session_id == self._id and self._clock() < until
 
     async def stop(self) -> None:
         """End the session. What is still SENDING in it is left to the reaper of another worker."""

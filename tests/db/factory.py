@@ -59,4 +59,3 @@ async def suppress(db: Database, address: str, reason: int, project_id: int = 1)
         address,
         reason,
     )
-

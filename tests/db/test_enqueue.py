@@ -239,3 +239,14 @@ async def test_a_request_that_is_a_replay_claims_no_content(db: Database) -> Non
     assert await rows(db, "recent_content") == 1
     other = new(text="Two.", dedupe_window=HOUR)
     assert not (await insert_messages(db, 0, [other])).with_suppressed
+
+
+async def test_what_was_refused_was_not_told_so_the_next_is_no_duplicate(db: Database) -> None:
+    await replace_preference(db, 1, "ada@example.test", 4)
+    refused = new(dedupe_window=HOUR, flags=4)
+    assert refused.message_id in (await insert_messages(db, 0, [refused])).with_suppressed
+    await replace_preference(db, 1, "ada@example.test", 1)
+    told = new(dedupe_window=HOUR, flags=4)
+    assert not (await insert_messages(db, 0, [told])).with_suppressed
+    [delivery] = (await read_statuses(db, 1, [refused.message_id]))[refused.message_id].deliveries
+    assert delivery.suppression_reason is SuppressionReason.PREFERENCE

@@ -42,7 +42,7 @@ async def test_a_reader_that_was_behind_a_clear_is_told_of_it(
     async with watching(server.stub) as stream:
         begin = stream.token
     request = await sent_and_cleared(server, db, "old")
-    events = await all_after(server.stub, begin)
+    events = await all_after(other_server.stub, begin)
     assert faults([e for e in events if e.kind != CLEARED], (await table(db))[:-1]) == []
     # What lies before it lost its labels, and is still told.
     assert not any(e.correlation_id or e.tags or e.custom_args for e in events)

@@ -16,7 +16,8 @@ from mailgrpc.core.ids import new_message_id
 from mailgrpc.core.place import ORIGIN, Place, Position, advance
 from mailgrpc.errors import TokenExpired
 from mailgrpc.server import ring as ring_module
-from mailgrpc.server.ring import Entry, Reader, Ring
+from mailgrpc.server.batch import Entry
+from mailgrpc.server.ring import Reader, Ring
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -17,11 +17,12 @@ from mailgrpc.db.engine import Database
 from mailgrpc.server import ring
 from mailgrpc.v1 import mail_service_pb2 as pb
 from mailgrpc.v1 import mail_service_pb2_grpc
-from tests.feed.reading import faults, feed_of, nudge, table, watching
+from tests.feed.reading import Stream, faults, feed_of, nudge, table, watching
 from tests.feed.writing import enqueue, message
 from tests.gateway import PATIENCE_S, Gateway, until
 
 HUNDRED = [f"reader{n}@example.test" for n in range(100)]
+LARGE = {f"note{n}": "x" * 250 for n in range(8)}
 ALLOWED_GROWTH = 48 * 1024 * 1024
 
 
@@ -100,18 +101,17 @@ async def test_the_ring_is_bounded_and_who_falls_out_of_it_reads_the_table(
     monkeypatch.setattr(ring, "RING_EVENTS", 300)
     feed = feed_of(server)
     async with watching(server.stub) as stopped, watching(server.stub) as live:
-        # More than fits into the buffers of the transport, in pages that each overtake the ring.
-        for number in range(10):
-            await enqueue(
-                db,
-                *(message(*HUNDRED, custom_args={"note": "x" * 250}) for _ in range(2)),
-                lane=number % 3,
-            )
+        # Until what is not read has filled the buffers of the transport, and then the ring.
+        pages = 0
+        while all(feed.ring.has(reader) for reader in feed.ring._of_project[1]):
+            assert pages < 50, "the reader that stopped is never left behind"
+            new = (message(*HUNDRED, custom_args=LARGE) for _ in range(2))
+            await enqueue(db, *new, lane=pages % 3)
+            pages += 1
             nudge(server)
-            await live.until_events(200 * (number + 1))
+            await live.until_events(200 * pages)
             assert feed.ring.event_count <= 300
-        assert any(not feed.ring.has(reader) for reader in feed.ring._of_project[1])
-        await stopped.until_events(2000)
+        await stopped.until_events(200 * pages)
         rows = await table(db)
         assert faults(stopped.events, rows) == []
         assert faults(live.events, rows) == []
@@ -149,3 +149,17 @@ async def _opened(server: Gateway) -> Any:
     stream = server.stub.WatchStatus(pb.WatchStatusRequest())
     assert (await stream.read()).caught_up
     return stream
+
+
+async def test_streams_that_end_while_the_transport_holds_them_up_leave_nothing_behind(
+    server: Gateway, db: Database
+) -> None:
+    async with watching(server.stub) as stream:
+        begin = stream.token
+    await enqueue(db, *(message(*HUNDRED, custom_args={"note": "x" * 250}) for _ in range(30)))
+    for _ in range(20):
+        held_up = Stream(server.stub, resume_token=begin)
+        await held_up.read()
+        held_up.call.cancel()
+    await until(lambda: feed_of(server).ring.reader_count == 0)
+    assert server.server._service._watch._streams == 0

@@ -19,7 +19,8 @@ class _Pair:
     def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
         self.client = client
         self.server = server
-        self.is_doomed = False  # its next answer is not passed on
+        self.fatal_name = b""  # the prepared statement whose answer is to be lost
+        self.is_doomed = False  # that statement is under way
 
 
 class LossyProxy:
@@ -41,7 +42,7 @@ class LossyProxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._port = 0
-        self._fatal: bytes | None = None
+        self._fatal: re.Pattern[bytes] | None = None
         self.lost = 0
 
     @property
@@ -77,7 +78,7 @@ class LossyProxy:
         self._pairs.clear()
 
     def lose_answer_to(self, statement: str) -> None:
-        self._fatal = statement.encode()
+        self._fatal = re.compile(rb"(__asyncpg_\w+)\0[^\0]*" + re.escape(statement.encode()))
 
     def hang_up(self) -> None:
         for pair in self._pairs:
@@ -99,8 +100,11 @@ class LossyProxy:
     async def _ask(self, reader: asyncio.StreamReader, pair: _Pair) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65536):
-                if self._fatal is not None and self._fatal in data:
-                    self._fatal, pair.is_doomed = None, True
+                if self._fatal is not None and (found := self._fatal.search(data)):
+                    self._fatal, pair.fatal_name = None, b"\0" + found[1] + b"\0"
+                elif pair.fatal_name and data.startswith(b"B") and pair.fatal_name in data[:80]:
+                    # Bind, after Parse and after what the driver asks about types in between.
+                    pair.is_doomed = True
                 pair.server.write(data)
 
     async def _answer(self, answers: asyncio.StreamReader, pair: _Pair) -> None:
@@ -114,7 +118,4 @@ class LossyProxy:
                     pair.client.close()
                     pair.server.close()
                     return
-                elif b"C\x00\x00\x00" not in held:
-                    pair.client.write(held)
-                    held = b""
             pair.client.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mailgrpc.core.delivery import UNENDED, State
+from mailgrpc.core.place import ORIGIN, encode_token
 from mailgrpc.server import clear as served
 from mailgrpc.v1 import delivery_pb2, event_pb2, message_pb2
 from mailgrpc.v1 import mail_service_pb2 as pb
@@ -136,8 +137,6 @@ async def cleared_events(gateway: Gateway) -> list[Any]:
     rows = await gateway.database.fetch("SELECT count(*) FROM events WHERE kind = 18")
     if not rows[0][0]:
         return []
-    from mailgrpc.core.place import ORIGIN, encode_token
-
     request = pb.ListEventsRequest(
         resume_token=encode_token(1, {0: ORIGIN}),
         kinds=[event_pb2.EVENT_KIND_MESSAGES_CLEARED],

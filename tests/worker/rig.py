@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -69,8 +70,8 @@ class LossyDatabase(Database):
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
         if self.away:
             raise StoreUnavailable("away")
-        self.asked.append(sql)
         rows = await super().write(sql, *args)
+        self.asked.append(sql)
         for function in self._to_lose:
             if function in sql:
                 self._to_lose.remove(function)
@@ -78,7 +79,7 @@ class LossyDatabase(Database):
         return rows
 
     def count(self, function: str) -> int:
-        """How often a function was called."""
+        """How often a function was carried out."""
         return sum(function in sql for sql in self.asked)
 
 
@@ -195,9 +196,10 @@ class Store:
         **options: Any,
     ) -> list[uuid.UUID]:
         expire_at = options.get("expire_at") or datetime.now(UTC) + timedelta(days=5)
+        now_ms = time.time_ns() // 1_000_000
         new = [
             NewMessage(
-                message_id=new_message_id(),
+                message_id=new_message_id(now_ms + n),  # so that they are claimed in this order
                 project_id=project_id,
                 submission=Submission(
                     MailMessage(
@@ -213,7 +215,7 @@ class Store:
                 channel=options.get("channel") or "default",
                 expire_at=expire_at,
             )
-            for to in recipients
+            for n, to in enumerate(recipients)
         ]
         await insert_messages(self.db, 0, new)
         return [m.message_id for m in new]

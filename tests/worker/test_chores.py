@@ -83,7 +83,9 @@ async def test_sessions_are_forgotten_a_week_after_nothing_was_left_of_them(
     for session in (long_over, over):
         assert await mark_reaped(db, session)
     await db.write("UPDATE workers SET ended_at = now() - interval '8 days' WHERE id <> $1", alive)
-    await db.write("UPDATE workers SET reaped_at = now() - interval '8 days' WHERE id = $1", long_over)
+    await db.write(
+        "UPDATE workers SET reaped_at = now() - interval '8 days' WHERE id = $1", long_over
+    )
     await _sweeper(db).do_chores()
     assert {row[0] for row in await db.fetch("SELECT id FROM workers")} == {over, unreaped, alive}
 

@@ -6,6 +6,8 @@ import asyncio
 import math
 from collections import Counter
 
+import pytest
+
 from mailgrpc.core.delivery import Mode, Outcome, State
 from mailgrpc.core.message import Priority
 from mailgrpc.db.deliveries import claim_due
@@ -131,9 +133,7 @@ async def test_a_call_carries_no_more_than_the_provider_takes(
 async def test_in_a_call_each_recipient_has_a_result_of_its_own(
     db: Database, store: Store, clock: Clock
 ) -> None:
-    message = await store.put(
-        "ada@example.com", "permerror@example.test", "temperror@example.test"
-    )
+    message = await store.put("ada@example.com", "permerror@example.test", "temperror@example.test")
     async with Part(db, clock) as part:
         await part.work()
     states = [await store.state(message, n) for n in (1, 2, 3)]
@@ -141,6 +141,22 @@ async def test_in_a_call_each_recipient_has_a_result_of_its_own(
     outcomes = [a.result.outcome for a in await store.attempts(message) if a.result]
     assert outcomes == [Outcome.ACCEPTED, Outcome.REJECTED, Outcome.DEFERRED]
     assert len({a.call_id for a in await store.attempts(message)}) == 1
+
+
+async def test_a_batch_takes_no_more_content_into_memory_than_it_may(
+    lossy: LossyDatabase, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = await store.put_many([["a@example.com"]] * 5)
+    await lossy.write("INSERT INTO attachments SELECT id, 0, $1 FROM messages", b"x" * 4000)
+    monkeypatch.setattr("mailgrpc.worker.call.CONTENT_BYTES", 8000)
+    async with Part(lossy, clock, Gate()) as part:
+        await part.drain.drain_once()
+        assert [await store.state(m) for m in messages] == [State.SENDING] * 2 + [State.QUEUED] * 3
+        assert await store.value("SELECT count(*) FROM due WHERE session_id IS NULL") == 3
+        assert isinstance(part.provider, Gate)
+        part.provider.open()
+        await part.work()
+        assert len(part.outbox) == 5
 
 
 async def test_send_once_is_started_only_into_free_slots(

@@ -158,9 +158,7 @@ def worker_settings(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Any:
     return main.WorkerSettings
 
 
-async def test_arqs_own_worker_delivers(
-    worker_settings: Any, redis_url: str, store: Store
-) -> None:
+async def test_arqs_own_worker_delivers(worker_settings: Any, redis_url: str, store: Store) -> None:
     arq = create_worker(worker_settings, handle_signals=False)
     running = asyncio.create_task(arq.async_run())
     try:

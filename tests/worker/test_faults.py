@@ -187,9 +187,7 @@ async def test_content_that_cannot_be_unpacked_fails_alone_and_unsent(
 async def test_a_provider_that_raises_leaves_its_own_call_in_doubt_and_no_other(
     db: Database, store: Store, clock: Clock, error: BaseException
 ) -> None:
-    messages = await store.put_many(
-        [["a@b.com"], ["c@d.com"]], retry=RetryWishes(max_attempts=1)
-    )
+    messages = await store.put_many([["a@b.com"], ["c@d.com"]], retry=RetryWishes(max_attempts=1))
     provider = Scripted(error, Result(Outcome.ACCEPTED))
     async with Part(db, clock, provider, concurrency=1) as part:
         await part.work()

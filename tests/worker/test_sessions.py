@@ -11,7 +11,7 @@ from mailgrpc.db.deliveries import claim_due
 from mailgrpc.db.engine import Database, SessionEnded
 from mailgrpc.db.workers import beat, end_session, open_session, read_sessions
 from tests.gateway import until
-from tests.worker.rig import LEASE_S, Clock, Gate, Part, Store, outlive_lease
+from tests.worker.rig import ACCEPTED, LEASE_S, Clock, Gate, Part, Store, outlive_lease
 
 
 async def _start_and_hang(part: Part) -> None:
@@ -206,3 +206,39 @@ async def test_one_message_does_not_keep_the_reaper_from_all_others(
     async with Part(db, clock) as other:
         await other.reaper.reap()
     assert await store.state(message) is State.DEFERRED
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_what_was_on_the_wire_when_the_session_ended_is_still_recorded(
+    db: Database, store: Store, clock: Clock, mode: Mode
+) -> None:
+    message = await store.put(mode=mode)
+    provider = Gate(lambda call: [ACCEPTED] * len(call.addressees))
+    async with Part(db, clock, provider) as paused, Part(db, clock) as other:
+        await _start_and_hang(paused)
+        await _outlive_all_but(other, clock)
+        await paused.session.renew(paused.session.session_id)
+        provider.open()
+        await paused.recorded()
+        assert await store.state(message) is State.SENT
+        await store.make_due()
+        await other.work()
+        assert other.outbox == []  # the retry is gone
+
+
+async def test_what_had_not_begun_to_leave_when_the_session_ended_is_not_sent(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    provider = Gate()
+    async with Part(db, clock, provider) as paused, Part(db, clock) as other:
+        await _start_and_hang(paused)
+        await _outlive_all_but(other, clock)
+        await paused.session.renew(paused.session.session_id)
+        provider.open()
+        await paused.recorded()
+        assert paused.outbox == []
+    assert await store.state(message) is State.OUTCOME_UNKNOWN
+    [attempt] = await store.attempts(message)
+    assert attempt.result is not None
+    assert attempt.result.outcome is Outcome.DEFERRED

@@ -20,9 +20,7 @@ async def test_a_preference_set_after_enqueue_suppresses_at_the_start(
     db: Database, store: Store, clock: Clock
 ) -> None:
     message = await store.put("ada@example.com", "bob@example.com", flags=FLAGS)
-    await db.write(
-        "INSERT INTO preferences VALUES (1, 'ada@example.com', $1, now())", FLAGS
-    )
+    await db.write("INSERT INTO preferences VALUES (1, 'ada@example.com', $1, now())", FLAGS)
     async with Part(db, clock) as part:
         await part.work()
         assert part.outbox == ["bob@example.com"]

@@ -94,8 +94,8 @@ BEGIN
     END IF;
 
     IF EXISTS (SELECT FROM unnest(p_m_dedupe_s) AS s WHERE s > 0) THEN
-        v_duplicate_of := claim_content(v_now, v_lost, p_m_id, p_m_project, p_m_dedupe_s,
-            p_d_message, p_d_dedupe_key);
+        v_duplicate_of := claim_content(v_now, v_lost, p_m_id, p_m_project, p_m_flags,
+            p_m_dedupe_s, p_d_message, p_d_recipient, p_d_dedupe_key);
     END IF;
 
     WITH inserted AS (
@@ -142,8 +142,8 @@ END $$;
 -- For each delivery of a flush, the message that told the same recipient the same content within
 -- the window; NULL where none did, and then this one is remembered.
 CREATE FUNCTION claim_content(
-    p_now timestamptz, p_lost uuid[], p_m_id uuid[], p_m_project integer[],
-    p_m_dedupe_s double precision[], p_d_message integer[], p_d_key bytea[]
+    p_now timestamptz, p_lost uuid[], p_m_id uuid[], p_m_project integer[], p_m_flags integer[],
+    p_m_dedupe_s double precision[], p_d_message integer[], p_d_recipient text[], p_d_key bytea[]
 ) RETURNS uuid[] LANGUAGE plpgsql AS $$
 DECLARE
     v_duplicate_of uuid[];
@@ -157,6 +157,12 @@ BEGIN
                 AS first_message_id
         FROM unnest(p_d_message, p_d_key) WITH ORDINALITY AS d(m, key, n)
         WHERE p_m_dedupe_s[d.m] > 0 AND (p_lost IS NULL OR p_m_id[d.m] <> ALL (p_lost))
+            -- Who refuses it is not told it, so nothing later is a duplicate of it.
+            AND NOT EXISTS (SELECT FROM suppressions s
+                WHERE s.project_id = p_m_project[d.m] AND s.address = p_d_recipient[d.n])
+            AND NOT EXISTS (SELECT FROM preferences p
+                WHERE p.project_id = p_m_project[d.m] AND p.address = p_d_recipient[d.n]
+                    AND p.blocked_flags & p_m_flags[d.m] & ~1 <> 0)
     ), won AS (
         -- The window is the newcomer's: an older entry within it wins.
         INSERT INTO recent_content AS c (project_id, key, message_id, accepted_at, keep_until)
