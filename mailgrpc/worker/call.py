@@ -2,7 +2,7 @@
 
 A message that breaks the code breaks here, and alone. What fails before the provider was asked is
 proof that nothing was sent: REJECTED, so FAILED. What fails within the provider proves nothing:
-UNKNOWN, whatever the exception says about itself. Both carry cause INTERNAL and the error's text.
+UNKNOWN, whatever the exception says about itself. Both carry cause INTERNAL and the error's name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mailgrpc.core.delivery import Cause, Mode, Outcome, Result, result_text
+from mailgrpc.core.delivery import Cause, Mode, Outcome, Result
 from mailgrpc.core.ids import message_of, rfc_message_id
 from mailgrpc.core.message import RetryWishes
 from mailgrpc.core.retry import RetryPolicy
@@ -158,5 +158,6 @@ def _call_of(
 
 
 def _broken(outcome: Outcome, error: BaseException) -> Result:
-    text = result_text(f"{type(error).__name__}: {error}")
+    # Callers read this: what the error says in full may be of no business of theirs.
+    text = f"{type(error).__name__} within the gateway; its log has the rest"
     return Result(outcome, Cause.INTERNAL, text=text)

@@ -37,7 +37,7 @@ async def sent_and_cleared(server: Gateway, db: Database, tag: str) -> pb.ClearR
 
 
 async def test_a_reader_that_was_behind_a_clear_is_told_of_it(
-    server: Gateway, db: Database
+    server: Gateway, other_server: Gateway, db: Database
 ) -> None:
     async with watching(server.stub) as stream:
         begin = stream.token
