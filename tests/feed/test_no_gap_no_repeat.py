@@ -21,17 +21,18 @@ from tests.gateway import PATIENCE_S, Gateway
 EVENTS = 20_000
 RECONNECTS = 50
 A_SECOND = Duration(seconds=1)
-WRITERS = ((0, 1), (0, 2), (1, 2))  # the lanes of each process: two writers meet in every lane
+WRITERS = ("0,1", "0,2", "1,2")  # the lanes of each process: two writers meet in every lane
 
 
 async def test_writers_that_overtake_each_other_and_a_reader_that_moves_lose_nothing(
-    server: Gateway, other_server: Gateway, database_url: str, db: Database
+    server: Gateway, other_server: Gateway, database_url: str, redis_url: str, db: Database
 ) -> None:
     rng = random.Random(4711)
     async with watching(server.stub) as first:
         token = first.token
     writers = [
-        await _start_writers(database_url, lanes, seed) for seed, lanes in enumerate(WRITERS)
+        await _start_writers(database_url, redis_url, lanes, EVENTS // 6 + 1, seed)
+        for seed, lanes in enumerate(WRITERS)
     ]
     ended = asyncio.gather(*(w.wait() for w in writers))
     seen: list[Any] = []
@@ -54,16 +55,9 @@ async def test_writers_that_overtake_each_other_and_a_reader_that_moves_lose_not
     assert faults(seen, rows) == []
 
 
-async def _start_writers(url: str, lanes: tuple[int, ...], seed: int) -> asyncio.subprocess.Process:
-    events = EVENTS // 6 + 1
+async def _start_writers(*arguments: object) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tests.feed.writing",
-        url,
-        ",".join(map(str, lanes)),
-        str(events),
-        str(seed),
+        sys.executable, "-m", "tests.feed.writing", *map(str, arguments)
     )
 
 

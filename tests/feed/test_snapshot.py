@@ -42,9 +42,9 @@ class Model:
 
 
 @pytest.fixture
-async def writers(database_url: str) -> AsyncIterator[list[Database]]:
+async def writers(database_url: str, redis_url: str) -> AsyncIterator[list[Database]]:
     databases: list[Database] = [
-        LingeringDatabase(database_url, random.Random(seed)) for seed in range(3)
+        LingeringDatabase(database_url, redis_url, random.Random(seed)) for seed in range(3)
     ]
     yield databases
     for database in databases:

@@ -1,6 +1,6 @@
 """Writers of the feed: deliveries that live through the real functions of the database.
 
-`python -m tests.feed.writing URL LANES EVENTS SEED` is a process of two writers that go on until
+`python -m tests.feed.writing DATABASE_URL REDIS_URL LANES EVENTS SEED` is a process of two writers that go on until
 they have written so many events. Their transactions stay open for a while after the function has
 returned, which the program itself never does: so commits overtake each other as much as they can.
 """
@@ -35,6 +35,7 @@ from mailgrpc.db.deliveries import (
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import NewMessage, insert_messages
 from mailgrpc.db.workers import open_session
+from mailgrpc.doorbell import Doorbell
 
 ACCEPTED = Result(Outcome.ACCEPTED, status_code=250)
 LATER = Result(Outcome.DEFERRED, status_code=451)
@@ -122,11 +123,16 @@ class Sender:
 
 
 class LingeringDatabase(Database):
-    """Commits each write a random time after its function returned."""
+    """Commits each write a random time after its function returned, and then rings."""
 
-    def __init__(self, url: str, rng: random.Random) -> None:
+    def __init__(self, url: str, redis_url: str, rng: random.Random) -> None:
         super().__init__(url, pool_size=2)
+        self._doorbell = Doorbell(redis_url)
         self._rng = rng
+
+    async def close(self) -> None:
+        await self._doorbell.close()
+        await super().close()
 
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
         async def call(connection: asyncpg.Connection) -> list[asyncpg.Record]:
@@ -135,7 +141,9 @@ class LingeringDatabase(Database):
                 await asyncio.sleep(self._rng.choice((0.0, 0.001, 0.004, 0.012)))
             return rows
 
-        return await self._run(call, writes=True)
+        rows = await self._run(call, writes=True)
+        self._doorbell.hint_feed()
+        return rows
 
 
 async def live(db: Database, lane: int, events: int, rng: random.Random) -> int:
@@ -158,20 +166,15 @@ async def live(db: Database, lane: int, events: int, rng: random.Random) -> int:
     return written
 
 
-async def _main(url: str, lanes: list[int], events: int, seed: int) -> None:
+async def _main(url: str, redis_url: str, lanes: str, events: str, seed: str) -> None:
     rng = random.Random(seed)
+    databases = [LingeringDatabase(url, redis_url, random.Random(rng.random())) for _ in range(2)]
     async with asyncio.TaskGroup() as group:
-        for lane in lanes:
-            db = LingeringDatabase(url, random.Random(rng.random()))
-            group.create_task(live(db, lane, events, random.Random(rng.random())))
+        for db, lane in zip(databases, lanes.split(","), strict=True):
+            group.create_task(live(db, int(lane), int(events), random.Random(rng.random())))
+    for db in databases:
+        await db.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(
-        _main(
-            sys.argv[1],
-            [int(n) for n in sys.argv[2].split(",")],
-            int(sys.argv[3]),
-            int(sys.argv[4]),
-        )
-    )
+    asyncio.run(_main(*sys.argv[1:]))
