@@ -155,7 +155,10 @@ class Settings:
     under_up: bool = _setting(False, lambda text: text == "1", "")
 
     test_database_url: str | None = _setting(
-        None, str, "a PostgreSQL server for `mailgrpc.testing`, instead of an embedded one", secret=True
+        None,
+        str,
+        "a PostgreSQL server for `mailgrpc.testing`, instead of an embedded one",
+        secret=True,
     )
 
     # The client's own settings.

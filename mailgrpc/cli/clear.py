@@ -17,6 +17,8 @@ from mailgrpc.v1 import mail_service_pb2 as pb
 from mailgrpc.v1.delivery_pb2 import MessageFilter
 
 _COUNTED = 100_000  # the most that one call counts
+A_CALL = 10_000
+"""Messages that one call removes: a step of the progress."""
 
 
 @click.command()
@@ -48,7 +50,7 @@ def clear(
     being sent always stays.
     """
     message_filter.created_before.CopyFrom(timestamp(before))
-    request = pb.ClearRequest(filter=message_filter, force=force)
+    request = pb.ClearRequest(filter=message_filter, force=force, max_messages=A_CALL)
     output = Output()
     with session.client() as client:
         if dry_run or not yes:
@@ -69,9 +71,13 @@ def _count(client: MailClient, request: pb.ClearRequest) -> pb.ClearResponse:
     return client.clear(counting)
 
 
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
+
+
 def _agreed(counted: pb.ClearResponse) -> bool:
     """Ask, where there is somebody to ask."""
-    if not sys.stdin.isatty():
+    if not _can_ask():
         raise click.UsageError("this is not a terminal: repeat with --yes, or with --dry-run")
     more = "more than " if counted.more else ""
     return click.confirm(f"Remove {more}{counted.cleared_count} messages?", err=True)

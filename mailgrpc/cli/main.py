@@ -49,7 +49,9 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "call": Entry("Call any method with JSON."),
     },
     "Look after": {
-        "key": Entry("Make, list and revoke API keys. Asks the database, not the server.", "server"),
+        "key": Entry(
+            "Make, list and revoke API keys. Asks the database, not the server.", "server"
+        ),
         "config": Entry("Print all settings, secrets hidden."),
         "doctor": Entry("Check all that mailgrpc needs.", "server"),
     },

@@ -25,6 +25,10 @@ from mailgrpc.db.rows import Row, result_of
 from mailgrpc.errors import TokenExpired
 
 LANES = range(16)
+_MOVED_BY_ATTEMPTS = frozenset(
+    {State.SENDING, State.SENT, State.DEFERRED, State.FAILED, State.OUTCOME_UNKNOWN}
+)
+"""States that a delivery comes to by a start, by a result, or by a result that came late."""
 
 
 async def read_events(db: Database, place: Place, limit: int) -> list[Event]:
@@ -149,8 +153,7 @@ def event_of(row: Row) -> Event:
             duplicate_of=row["duplicate_of"],
             last_result=result,
         )
-        # Only a start and the end of an attempt are moved by one.
-        if row["state"] == State.SENDING or row["old_state"] == State.SENDING:
+        if row["state"] in _MOVED_BY_ATTEMPTS and row["attempt_count"] > 0:
             attempt = Attempt(
                 delivery_id=row["delivery_id"],
                 number=row["attempt_count"],

@@ -108,7 +108,7 @@ def main(outbox: str) -> int:
         with Client(outbox, family="AF_UNIX") as tests:
             asyncio.run(_serve(settings, tests))
     except MailgrpcError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
     return 0
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _RESTART_S = 0.5
 _RESTART_MAX_S = 15.0
+_CLOSE_S = 2.0
 
 
 async def drain(ctx: dict[str, Any]) -> None:
@@ -54,24 +55,26 @@ async def keep_arq_running(redis_url: str, worker: Worker) -> None:
     while True:
         arq = ArqWorker(ctx={"worker": worker}, handle_signals=False, **arq_options(redis_url))
         began = asyncio.get_running_loop().time()
+        # Tasks that are watched from outside: arq cancels its jobs when it fails, and one of these
+        # cancellations coming through must not be taken for our own end.
+        running = asyncio.create_task(arq.async_run())
         try:
-            await arq.async_run()
-        except asyncio.CancelledError:
-            await _close(arq)
-            raise
-        except Exception as error:  # noqa: BLE001  whatever ended it, it is needed again
-            log.debug("arq's worker ended and is started again: %s", error)
-        await _close(arq)
+            await asyncio.wait({running})
+        finally:
+            running.cancel()
+            closing = asyncio.create_task(arq.close())
+            await asyncio.wait({running, closing}, timeout=_CLOSE_S)
+            closing.cancel()
+            for task in (running, closing):
+                task.add_done_callback(_note_end)
         lasted = asyncio.get_running_loop().time() - began
         wait_s = _RESTART_S if lasted > _RESTART_MAX_S else min(wait_s * 2, _RESTART_MAX_S)
         await asyncio.sleep(wait_s)
 
 
-async def _close(arq: ArqWorker) -> None:
-    try:
-        await asyncio.wait_for(arq.close(), 2)
-    except Exception as error:  # noqa: BLE001  it is given up anyhow
-        log.debug("closing arq's worker: %s", error)
+def _note_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("arq's worker ended: %s", error)
 
 
 async def _startup(ctx: dict[str, Any]) -> None:
