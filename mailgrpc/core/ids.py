@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from datetime import datetime
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _DIGIT_OF = {c: i for i, c in enumerate(_ALPHABET)}
@@ -38,6 +39,12 @@ def new_id(now_ms: int | None = None) -> uuid.UUID:
 def new_message_id(now_ms: int | None = None) -> uuid.UUID:
     """A fresh message id; its last 16 bits are zero."""
     return uuid.UUID(int=new_id(now_ms).int & ~0xFFFF)
+
+
+def first_id_at(moment: datetime) -> uuid.UUID:
+    """The lowest id that can have been made at `moment` or later, by the clock that made it."""
+    ms = min(max(int(moment.timestamp() * 1000), 0), 0xFFFF_FFFF_FFFF)
+    return uuid.UUID(int=ms << 80)
 
 
 def delivery_id(message_id: uuid.UUID, number: int) -> uuid.UUID:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from mailgrpc.core.delivery import UNENDED, State
-from mailgrpc.core.event import Filter
+from mailgrpc.core.event import CLOCK_SLACK, Filter
+from mailgrpc.core.ids import first_id_at
 from mailgrpc.db.engine import Database
 from mailgrpc.db.tables import deliveries, messages
 
 CHUNK_MESSAGES = 500
-"""Messages a transaction: short enough that others do not feel its locks."""
+CHUNK_DELIVERIES = 2000
+"""At most so many a transaction: short enough that others do not feel its locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,16 @@ def matching(project_id: int, wanted: Filter) -> sa.Select[tuple[uuid.UUID]]:
         query = query.where(m.id.in_(wanted.message_ids))
     if wanted.correlation_ids:
         query = query.where(m.correlation_id.in_(wanted.correlation_ids))
+        if "" not in wanted.correlation_ids:
+            query = query.where(m.correlation_id != "")  # said, so that the index is used
     if wanted.tags:
         query = query.where(m.tags.has_any(sa.cast(sorted(wanted.tags), sa.ARRAY(sa.Text))))
     if wanted.created_after:
+        # Ids are ordered by time: a range of the key, then the exact moment.
+        query = query.where(m.id >= first_id_at(wanted.created_after - CLOCK_SLACK))
         query = query.where(m.created_at >= wanted.created_after)
     if wanted.created_before:
+        query = query.where(m.id < first_id_at(wanted.created_before + CLOCK_SLACK))
         query = query.where(m.created_at < wanted.created_before)
     if wanted.recipients or wanted.states:
         some = sa.select(sa.literal(1)).where(_of_message())
@@ -64,16 +71,30 @@ async def find_clearable(
     force: bool,
     after: uuid.UUID | None,
     limit: int,
-) -> tuple[list[uuid.UUID], list[uuid.UUID]]:
-    """The next messages that Clear may remove, and those it leaves because they are being sent.
+) -> tuple[list[list[uuid.UUID]], list[uuid.UUID]]:
+    """The next messages that Clear may remove, in chunks of at most CHUNK_DELIVERIES deliveries,
+    and those it leaves because they are being sent.
 
     By id, from `after` on; at most `limit` in both together.
     """
     query = _but_waiting(matching(project_id, wanted), force=force, after=after)
+    size = sa.select(sa.func.count()).where(_of_message()).scalar_subquery()
     rows = await db.select(
-        query.add_columns(_IS_SENDING.label("sending")).order_by(messages.c.id).limit(limit)
+        query.add_columns(_IS_SENDING.label("sending"), size.label("size"))
+        .order_by(messages.c.id)
+        .limit(limit)
     )
-    return [r.id for r in rows if not r.sending], [r.id for r in rows if r.sending]
+    chunks: list[list[uuid.UUID]] = []
+    room = 0
+    for row in rows:
+        if row.sending:
+            continue
+        if not chunks or row.size > room:
+            chunks.append([])
+            room = CHUNK_DELIVERIES
+        chunks[-1].append(row.id)
+        room -= row.size
+    return chunks, [r.id for r in rows if r.sending]
 
 
 async def has_clearable(

@@ -48,7 +48,7 @@ class Clear:
         after: uuid.UUID | None = None
         while response.cleared_count < most:
             limit = min(CHUNK_MESSAGES, most - response.cleared_count)
-            clearable, sending = await find_clearable(
+            chunks, sending = await find_clearable(
                 self._database,
                 caller.project_id,
                 wanted,
@@ -57,10 +57,12 @@ class Clear:
                 limit=limit,
             )
             response.sending_count += len(sending)
-            if clearable and not request.validate_only:
-                await self._clear(caller, clearable, request.force, told, response)
-            elif request.validate_only:
+            clearable = [message_id for chunk in chunks for message_id in chunk]
+            if request.validate_only:
                 response.cleared_count += len(clearable)
+            else:
+                for chunk in chunks:
+                    await self._clear(caller, chunk, request.force, told, response)
             room = SAMPLES - len(response.sample_message_ids)
             response.sample_message_ids.extend(to_text(MESSAGE, i) for i in clearable[:room])
             if len(clearable) + len(sending) < limit:

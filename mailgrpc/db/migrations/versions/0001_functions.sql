@@ -331,13 +331,9 @@ BEGIN
             call_id = CASE WHEN v.state = 2 THEN v.call_id ELSE d.call_id END,
             attempt_started_at = CASE WHEN v.state = 2 THEN v_now ELSE d.attempt_started_at END
         FROM verdict v WHERE d.id = v.id
-        RETURNING d.*, v.old_state
+        RETURNING d AS row, v.old_state
     )
-    SELECT array_agg(ROW(m.id, m.project_id, m.recipient, m.role, m.channel, m.priority, m.mode,
-            m.flags, m.state, m.state_since, m.version, m.wait_reason, m.due_at, m.expire_at,
-            m.forced, m.possibly_sent, m.suppression_reason, m.duplicate_of, m.attempt_count,
-            m.attempt_id, m.call_id, m.attempt_started_at)::deliveries ORDER BY m.id),
-        array_agg(m.old_state ORDER BY m.id)
+    SELECT array_agg(m.row ORDER BY (m.row).id), array_agg(m.old_state ORDER BY (m.row).id)
     INTO v_rows, v_old FROM moved m;
 
     -- A due row whose delivery is not SENDING has no business here any more.
@@ -416,13 +412,9 @@ BEGIN
             UPDATE deliveries d SET state = h.state, state_since = v_now, version = d.version + 1,
                 due_at = NULL, wait_reason = 0, forced = false
             FROM held h WHERE d.id = h.id
-            RETURNING d.*, h.old_state
+            RETURNING d AS row, h.old_state
         )
-        SELECT array_agg(ROW(m.id, m.project_id, m.recipient, m.role, m.channel, m.priority, m.mode,
-                m.flags, m.state, m.state_since, m.version, m.wait_reason, m.due_at, m.expire_at,
-                m.forced, m.possibly_sent, m.suppression_reason, m.duplicate_of, m.attempt_count,
-                m.attempt_id, m.call_id, m.attempt_started_at)::deliveries ORDER BY m.id),
-            array_agg(m.old_state ORDER BY m.id)
+        SELECT array_agg(m.row ORDER BY (m.row).id), array_agg(m.old_state ORDER BY (m.row).id)
         INTO v_late, v_old FROM moved m;
         DELETE FROM scheduled s WHERE s.delivery_id IN (SELECT l.id FROM unnest(v_late) AS l);
     END IF;
@@ -481,13 +473,9 @@ BEGIN
             AS r(id, version, state, due_at, wait_reason, forced, possibly_sent, expire_at)
             ON r.id = h.id
         WHERE d.id = h.id AND d.version = r.version AND d.state <> 2
-        RETURNING d.*, h.state AS old_state
+        RETURNING d AS row, h.state AS old_state
     )
-    SELECT array_agg(ROW(m.id, m.project_id, m.recipient, m.role, m.channel, m.priority, m.mode,
-            m.flags, m.state, m.state_since, m.version, m.wait_reason, m.due_at, m.expire_at,
-            m.forced, m.possibly_sent, m.suppression_reason, m.duplicate_of, m.attempt_count,
-            m.attempt_id, m.call_id, m.attempt_started_at)::deliveries ORDER BY m.id),
-        array_agg(m.old_state ORDER BY m.id)
+    SELECT array_agg(m.row ORDER BY (m.row).id), array_agg(m.old_state ORDER BY (m.row).id)
     INTO v_rows, v_old FROM moved m;
     DELETE FROM scheduled s WHERE s.delivery_id IN (SELECT r.id FROM unnest(v_rows) AS r);
     PERFORM settle_due(v_now, v_rows);
@@ -563,8 +551,10 @@ BEGIN
     SELECT array_agg(d.id) INTO v_held FROM unnest(v_held) AS d(id)
     WHERE message_of(d.id) = ANY (v_gone);
 
-    DELETE FROM due q WHERE q.delivery_id = ANY (v_held);
+    -- `scheduled` first: this waits for a sweeper that is moving a row from there to `due`, and the
+    -- next statement then sees where it went.
     DELETE FROM scheduled s WHERE s.delivery_id = ANY (v_held);
+    DELETE FROM due q WHERE q.delivery_id = ANY (v_held);
     DELETE FROM attempts a WHERE a.delivery_id = ANY (v_held);
     DELETE FROM deliveries d WHERE d.id = ANY (v_held);
     DELETE FROM attachments a WHERE a.message_id = ANY (v_gone);

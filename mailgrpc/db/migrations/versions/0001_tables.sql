@@ -47,6 +47,10 @@ CREATE TABLE messages (
     content        bytea              -- db/messages.py packs it; NULL once erased
 );
 
+-- By what callers know a group of messages; those without are not in it, and cost nothing.
+CREATE INDEX messages_correlation ON messages (project_id, correlation_id)
+    WHERE correlation_id <> '';
+
 -- Files lie apart, so that a message is read without them, uncompressed because most are already.
 CREATE TABLE attachments (
     message_id uuid NOT NULL,

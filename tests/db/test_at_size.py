@@ -1,0 +1,79 @@
+"""What is read does not grow with what is stored; what is removed leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import asyncpg
+
+from mailgrpc.db.deliveries import promote_scheduled
+from mailgrpc.db.engine import Database
+from mailgrpc.db.messages import STATUSES
+
+MESSAGES = 30_000
+FILL = """
+INSERT INTO messages SELECT ('01900000-0000-7000-8000-' || lpad(to_hex(i), 8, '0') || '0000')::uuid,
+    1, now(), '', '', 's', '[]', '{}', '{}', 0, '' FROM generate_series(1, $1::integer) i;
+"""
+FILL_DELIVERIES = """
+INSERT INTO deliveries (id, project_id, recipient, role, channel, priority, mode, flags, state,
+    state_since, version, attempt_count)
+SELECT ('01900000-0000-7000-8000-' || lpad(to_hex(i), 8, '0') || '0001')::uuid, 1,
+    'u' || i || '@example.test', 1, 'default', 20, 1, 0, 4, now(), 3, 1
+FROM generate_series(1, $1::integer) i
+"""
+FILL_ATTEMPTS = """
+INSERT INTO attempts SELECT id, 1, id, id, 'default', 'smtp', now(), now(), 1, 0, 250, '', '', '',
+    NULL FROM deliveries
+"""
+
+
+async def test_reading_200_statuses_touches_the_rows_of_200_messages(db: Database) -> None:
+    await db.write(FILL, MESSAGES)
+    await db.write(FILL_DELIVERIES, MESSAGES)
+    await db.write(FILL_ATTEMPTS)
+    await db.write("ANALYZE messages")
+    await db.write("ANALYZE deliveries")
+    await db.write("ANALYZE attempts")
+    ids = [uuid.UUID(f"01900000-0000-7000-8000-{i * 100:08x}0000") for i in range(1, 201)]
+    [row] = await db.fetch(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATUSES}", ids, 1)
+    plan = row[0][0]["Plan"]
+    assert plan["Actual Rows"] == 200
+    # Three look-ups a message, each a few pages deep; the whole is some thousands of pages.
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 200 * 15
+
+
+async def test_clear_beside_the_sweeper_leaves_no_row_in_the_queue(
+    db: Database, database_url: str
+) -> None:
+    await db.write(FILL, 1)
+    await db.write(FILL_DELIVERIES, 1)
+    await db.write("UPDATE deliveries SET state = 1, due_at = now()")
+    await db.write("INSERT INTO scheduled SELECT id, channel, 1, priority, now() FROM deliveries")
+    sweeper = await asyncpg.connect(database_url, server_settings={"search_path": "mailgrpc"})
+    moving = sweeper.transaction()
+    await moving.start()
+    await sweeper.execute(
+        """WITH soon AS (DELETE FROM scheduled RETURNING *)
+           INSERT INTO due (delivery_id, channel, project_id, priority, due_at)
+           SELECT delivery_id, channel, project_id, priority, due_at FROM soon"""
+    )
+    clearing = asyncio.create_task(
+        db.write(
+            "SELECT * FROM clear_messages(0, '', 1, (SELECT array_agg(id) FROM messages), true, '{}')"
+        )
+    )
+
+    async def waits() -> bool:
+        return bool(await sweeper.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    async with asyncio.timeout(5):
+        while not await waits():
+            await asyncio.sleep(0.005)
+    await moving.commit()
+    await clearing
+    await sweeper.close()
+    assert not await db.fetch("SELECT FROM due")
+    assert not await db.fetch("SELECT FROM deliveries")
+    assert await promote_scheduled(db) == 0
