@@ -72,10 +72,9 @@ async def find_clearable(
     after: uuid.UUID | None,
     limit: int,
 ) -> tuple[list[list[uuid.UUID]], list[uuid.UUID]]:
-    """The next messages that Clear may remove, in chunks of at most CHUNK_DELIVERIES deliveries,
-    and those it leaves because they are being sent.
+    """The next messages that Clear may remove, and those it leaves because they are being sent.
 
-    By id, from `after` on; at most `limit` in both together.
+    The first come in chunks of at most CHUNK_DELIVERIES deliveries. By id, from `after` on; at most `limit` in both together.
     """
     query = _but_waiting(matching(project_id, wanted), force=force, after=after)
     size = sa.select(sa.func.count()).where(_of_message()).scalar_subquery()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ async def test_an_error_prints_its_details(gateway: Gateway) -> None:
     assert "DUPLICATE_RECIPIENT" in output
     assert "message.to[1].address" in output
     assert re.search(r"Message: (.*)", shown)[1] in output
+
+
+async def test_the_python_example_runs_as_printed(gateway: Gateway) -> None:
+    part = README[README.index("## From Python") :]
+    [example] = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[:1]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        example.replace("127.0.0.1:50051", gateway.target),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0, output.decode()
+    assert output.decode().count("DELIVERY_STATE_SENT") == 2
 
 
 async def _bash(script: str) -> tuple[int, str]:
