@@ -30,6 +30,7 @@ from mailgrpc.embedded.stack import Stack
 from mailgrpc.errors import EmbeddedError
 
 USUAL = Settings()
+ANY_PORT = HostPort(USUAL.listen.host, 0)
 EXIT_TERMINATED = 143
 
 
@@ -74,9 +75,28 @@ async def _demo(output: Output) -> None:
 async def _family(data_dir: Path, output: Output) -> AsyncIterator[Stack]:
     """Everything running, on the usual ports where these are free."""
     begun_at = time.monotonic()
-    listen = USUAL.listen if _is_free(USUAL.listen) else HostPort(USUAL.listen.host, 0)
-    settings = Settings(listen=listen, data_dir=data_dir, grace_s=5.0)
     make_data_directory(data_dir)
+    for listen in (USUAL.listen, ANY_PORT) if _is_free(USUAL.listen) else (ANY_PORT,):
+        stack = _stack(data_dir, listen)
+        # A task of its own: a start is not cancelled, it is ended by `stop`, and then awaited.
+        starting = asyncio.create_task(stack.start())
+        try:
+            try:
+                await asyncio.shield(starting)
+            except EmbeddedError:
+                if listen is ANY_PORT or _is_free(listen):
+                    raise
+                continue  # somebody took the port while PostgreSQL started
+            _report(output, stack, time.monotonic() - begun_at)
+            yield stack
+            return
+        finally:
+            await stack.stop()
+            await asyncio.gather(starting, return_exceptions=True)
+
+
+def _stack(data_dir: Path, listen: HostPort) -> Stack:
+    """What is started. The settings of the user that could change the story are overridden."""
     no_settings = data_dir / "mailgrpc.toml"
     no_settings.touch()
     environ = {
@@ -85,20 +105,14 @@ async def _family(data_dir: Path, output: Output) -> AsyncIterator[Stack]:
         "MAILGRPC_AUTH": "off",
         "MAILGRPC_LOG_LEVEL": "warning",
     }
-    stack = Stack(settings, environ=environ)
-    # A task of its own: a start is not cancelled, it is ended by `stop`, and then awaited.
-    starting = asyncio.create_task(stack.start())
-    try:
-        await asyncio.shield(starting)
-        took = f"{time.monotonic() - begun_at:.1f} s"
-        parts = [f"{running.part.value} {running.detail}".rstrip() for running in stack.running]
-        output.line("   ".join([*(f"✓ {part}" for part in parts), took]))
-        _tell_other_port(output, USUAL.listen, stack.listen)
-        _tell_other_port(output, USUAL.inbox_smtp_listen, stack.inbox)
-        yield stack
-    finally:
-        await stack.stop()
-        await asyncio.gather(starting, return_exceptions=True)
+    return Stack(Settings(listen=listen, data_dir=data_dir, grace_s=5.0), environ=environ)
+
+
+def _report(output: Output, stack: Stack, took_s: float) -> None:
+    parts = [f"✓ {running.part.value} {running.detail}".rstrip() for running in stack.running]
+    output.line("   ".join([*parts, f"{took_s:.1f} s"]))
+    _tell_other_port(output, USUAL.listen, stack.listen)
+    _tell_other_port(output, USUAL.inbox_smtp_listen, stack.inbox)
 
 
 def _tell_other_port(output: Output, usual: HostPort, taken: str | None) -> None:

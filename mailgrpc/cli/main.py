@@ -103,6 +103,8 @@ class Root(click.Group):
             raise click.ClickException(text) from error
         except ModuleNotFoundError as error:
             raise _not_installed(ctx.invoked_subcommand or "", error) from error
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise click.ClickException(str(error)) from error  # a file that the user named
         except KeyboardInterrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 

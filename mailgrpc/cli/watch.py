@@ -65,11 +65,12 @@ def watch(
         )
         try:
             for update in stream.updates():
-                if as_json:
-                    if update.events or update.snapshot or update.caught_up:
-                        output.json(update.response)
-                else:
+                if not (update.events or update.snapshot):  # nothing that could stay unshown
+                    last = update.token or last
+                if not as_json:
                     _show(output, update)
+                elif update.events or update.snapshot or update.caught_up:
+                    output.json(update.response)
                 last = update.token or last
         finally:
             stream.close()

@@ -128,9 +128,12 @@ def suppression_name(reason: SuppressionReason.ValueType) -> str:
 
 def length(seconds: float) -> str:
     """`0.02 s`, `1 s`, `9.5 s`, `90 s`, `5 min`, `3.2 h`."""
+    seconds = max(seconds, 0.0)
+    if seconds == 0:
+        return "0 s"
     if seconds < 100:
         digits = 2 if seconds < 0.995 else 1 if seconds < 9.95 else 0
-        return f"{max(seconds, 0):.{digits}f} s".replace(".0 s", " s")
+        return f"{seconds:.{digits}f} s".replace(".0 s", " s")
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} d"

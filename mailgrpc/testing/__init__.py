@@ -29,11 +29,11 @@ Fixtures:
     mailgrpc_options   (session) override it in a conftest.py: the arguments of `run_mailgrpc`
 
 It is the real server and the real worker, in a process of their own, on a PostgreSQL and a Valkey
-of their own in a temporary directory; only the last step, the network to the mail provider, keeps the mail instead. So
-idempotency, preferences, retries and the status stream behave as in production. Nothing in
-the environment can make it send: it has no other channel. A run under pytest-xdist has one
-gateway a process. `MAILGRPC_TEST_DATABASE_URL` names a PostgreSQL server to use instead of the
-embedded one; a database is made there and dropped at the end.
+of their own in a temporary directory; only the last step, the network to the mail provider, keeps
+the mail instead. So idempotency, preferences, retries and the status stream behave as in
+production. Nothing in the environment can make it send: it has no other channel. A run under
+pytest-xdist has one gateway a process. `MAILGRPC_TEST_DATABASE_URL` names a PostgreSQL server to
+use instead of the embedded one; a database is made there and dropped at the end.
 
 Addresses at `example.test` misbehave on purpose: `temperror+2@` refuses twice and then accepts,
 `permerror@` refuses for good, `timeout@` and `drop@` leave it open. Other addresses accept.

@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
@@ -164,8 +165,7 @@ def _database(server_url: str | None) -> Iterator[str]:
     name = f"mailgrpc_test_{os.getpid()}_{secrets.token_hex(4)}"
     asyncio.run(_execute(server_url, f"CREATE DATABASE {name}"))
     try:
-        base, _, rest = server_url.rpartition("/")
-        yield "".join((base, "/", name, *rest.partition("?")[1:]))
+        yield urlunsplit(urlsplit(server_url)._replace(path=f"/{name}"))
     finally:
         asyncio.run(_execute(server_url, f"DROP DATABASE {name} WITH (FORCE)"))
 

@@ -83,7 +83,10 @@ def test_clear_needs_an_end_of_time(run: Run) -> None:
 
 def test_prefs_are_shown_set_blocked_and_unblocked(run: Run) -> None:
     address = "Choosy@Example.org"
-    assert run("prefs", "get", address).stdout.split("\t")[:2] == ["choosy@example.org", "accepts all"]
+    assert run("prefs", "get", address).stdout.split("\t")[:2] == [
+        "choosy@example.org",
+        "accepts all",
+    ]
     blocked = run("prefs", "block", address, "newsletter", "5").stdout.split("\t")
     assert blocked[1:3] == ["refuses bits 2 5", "newsletter"]
     assert run("prefs", "unblock", address, "2").stdout.split("\t")[1] == "refuses bits 5"

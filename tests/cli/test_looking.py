@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,9 +87,7 @@ def test_events_in_pages_are_all_of_them(run: Run, send: Send) -> None:
 
 def test_watch_begins_with_a_snapshot_and_ends_with_a_token(run: Run, send: Send) -> None:
     message_id = send("--correlation-id", "watched")
-    result = run(
-        *("watch", "--correlation-id", "watched", "--snapshot", "all", "--for", "300ms")
-    )
+    result = run(*("watch", "--correlation-id", "watched", "--snapshot", "all", "--for", "300ms"))
     assert result.exit_code == 0
     [line] = result.stdout.splitlines()
     assert line.split("\t")[1:4] == [message_id, "ada@example.org", "SENT"]
@@ -103,6 +104,23 @@ def test_watch_json_lines_carry_their_token(run: Run, send: Send) -> None:
     states = [e.state_changed.delivery.state for r in responses for e in r.events]
     assert states[-1] == DeliveryState.DELIVERY_STATE_SENT
     assert any(response.caught_up for response in responses)
+
+
+def test_watch_ends_on_ctrl_c_and_says_how_to_go_on(mailgrpc_target: str) -> None:
+    watch = subprocess.Popen(
+        [sys.executable, "-m", "mailgrpc", "--target", mailgrpc_target, "watch"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert watch.stderr is not None
+    assert "caught up" in watch.stderr.readline()
+    watch.send_signal(signal.SIGINT)
+    _, told = watch.communicate(timeout=30)
+    assert watch.returncode == 130
+    assert told.startswith("go on with: --token ")
+    assert len(told.splitlines()) == 1
 
 
 def test_a_broken_token_is_one_line(run: Run) -> None:
@@ -172,8 +190,10 @@ def test_call_with_what_is_no_call_exits_2(run: Run, arguments: tuple[str, ...],
 
 def test_call_is_one_plain_call(run: Run) -> None:
     """Nothing is filled in: without a request_id it is not idempotent, as the caller said."""
-    body = '{"message": {"sender": {"address": "a@example.org"}, "subject": "s", "text": "t",' \
+    body = (
+        '{"message": {"sender": {"address": "a@example.org"}, "subject": "s", "text": "t",'
         ' "to": [{"address": "b@example.org"}]}}'
+    )
     message_id = json.loads(run("call", "Enqueue", body).stdout)["messageId"]
     shown = json.loads(run("status", message_id, "--json").stdout)
     assert "requestId" not in shown["status"]

@@ -20,7 +20,18 @@ TO_ADA = ("send", "--from", "Shop <shop@example.org>", "--to", "ada@example.org"
 
 
 def to(address: str, *more: str) -> tuple[str, ...]:
-    return ("send", "--from", "s@example.org", "--to", address, "--subject", "Hi", "--text", "x", *more)
+    return (
+        "send",
+        "--from",
+        "s@example.org",
+        "--to",
+        address,
+        "--subject",
+        "Hi",
+        "--text",
+        "x",
+        *more,
+    )
 
 
 def test_stdout_is_the_id_and_nothing_else(run: Run, mailgrpc_client: MailClient) -> None:
@@ -104,7 +115,10 @@ def test_every_option_reaches_the_message(
     )
     mail, options = answer.message, answer.options
     assert (mail.sender.name, mail.sender.address) == ("Shop", "shop@example.org")
-    assert [(r.name, r.address) for r in mail.to] == [("Ada", "ada@example.org"), ("", "b@example.org")]
+    assert [(r.name, r.address) for r in mail.to] == [
+        ("Ada", "ada@example.org"),
+        ("", "b@example.org"),
+    ]
     assert [r.address for r in (*mail.cc, *mail.bcc)] == ["c@example.org", "d@example.org"]
     assert mail.reply_to[0].address == "help@example.org"
     assert (mail.text, mail.html) == ("from stdin\n", "<b>hä</b>")

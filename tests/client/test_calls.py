@@ -203,6 +203,19 @@ def test_follow_tells_a_messages_way_from_its_first_event_to_its_end(client: Mai
     ]
 
 
+def test_follow_may_begin_anywhere(client: MailClient) -> None:
+    """A replayed Enqueue gives a token from among the events, or from behind all of them."""
+    receipt = client.send(**MAIL, wait_s=10)
+    again = client.send(**MAIL, request_id=receipt.request_id)
+    assert again.response.replayed
+    behind = client.get_status(pb.GetStatusRequest(message_id=receipt.message_id)).resume_token
+    for token in (receipt.response.resume_token, again.response.resume_token, behind):
+        events = list(client.follow(receipt.message_id, token=token))
+        versions = [event.state_changed.delivery.version for event in events]
+        assert versions == [1, 2, 3][3 - len(versions) :]
+    assert versions == []
+
+
 def test_follow_of_what_has_ended_ends_at_once(client: MailClient) -> None:
     receipt = client.send(**MAIL, wait_s=10)
     assert list(client.follow(receipt.message_id)) == []
@@ -264,7 +277,9 @@ def test_a_closed_client_says_so(mailgrpc_target: str) -> None:
         client.send(**MAIL)
 
 
-def test_the_settings_name_the_server(mailgrpc_target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_name_the_server(
+    mailgrpc_target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MAILGRPC_TARGET", mailgrpc_target)
     with MailClient.from_settings() as client:
         assert client.get_prefs(pb.GetPrefsRequest(address="x@example.org")).prefs.accepts_all

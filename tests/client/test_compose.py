@@ -32,7 +32,9 @@ def test_an_address_with_or_without_a_name(text: str, address: str, name: str) -
 
 def test_one_recipient_or_several() -> None:
     one = compose(**MINIMAL, to="ada@example.org").message.to
-    two = compose(**MINIMAL, to=["ada@example.org", message_pb2.Recipient(address="b@c")]).message.to
+    two = compose(
+        **MINIMAL, to=["ada@example.org", message_pb2.Recipient(address="b@c")]
+    ).message.to
     assert [recipient.address for recipient in one] == ["ada@example.org"]
     assert [recipient.address for recipient in two] == ["ada@example.org", "b@c"]
 

@@ -14,7 +14,9 @@ POLICY = CallPolicy()
 CODE = grpc.StatusCode
 
 
-def wait(code: grpc.StatusCode, tries: int = 1, left_s: float = 60.0, **more: object) -> float | None:
+def wait(
+    code: grpc.StatusCode, tries: int = 1, left_s: float = 60.0, **more: object
+) -> float | None:
     error = error_of(code)(code, "text", **more)  # type: ignore[arg-type]
     return POLICY.wait_before_retry(error, tries, left_s, Random(1))
 
