@@ -139,7 +139,9 @@ class Settings:
     queue_limit: int = _setting(5000, _parse_count, "Enqueue calls that may wait in one server")
     max_streams: int = _setting(2000, _parse_count, "WatchStatus streams a server process serves")
     default_deadline_s: float = _setting(
-        30.0, _parse_seconds, "bound on a unary call that brings no deadline"
+        30.0,
+        _parse_seconds,
+        "bound on a unary call that brings no deadline, and on waits for the store",
     )
     feed_lanes: int = _setting(
         4, _parse_count, "lanes that processes of this installation write to"
@@ -193,7 +195,9 @@ def load_settings(
             channels[name] = _read_secret(variable, text) if match["file"] else text
             continue
         name = variable.removeprefix(PREFIX).lower()
-        if name in known:
+        if name in known and not text:
+            texts.pop(name, None)  # empty is as good as unset, and overrules the file
+        elif name in known:
             texts[name] = (text, variable)
         elif (base := name.removesuffix("_file")) in known and known[base].metadata["secret"]:
             texts[base] = (_read_secret(variable, text), variable)
@@ -202,6 +206,7 @@ def load_settings(
     for name, text in (overrides or {}).items():
         texts[name] = (text, f"--{name.replace('_', '-')}")
 
+    channels = {name: url for name, url in channels.items() if url}
     values: dict[str, Any] = {"channels": _checked_channels(channels)}
     for name, (text, source) in texts.items():
         try:
@@ -222,8 +227,10 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
         if f.metadata.get("doc") == "":
             continue
         if f.name == "channels":
-            for name, url in sorted(value.items()):
-                rows.append((f"channel {name}", hide_password(url), "where mail of it goes"))
+            for name, url in sorted({DEFAULT_CHANNEL: None, **value}.items()):
+                part = "" if name == DEFAULT_CHANNEL else f"{name.upper().replace('-', '_')}_"
+                shown = "-" if url is None else hide_password(url)
+                rows.append((f"{PREFIX}CHANNEL_{part}URL", shown, f"where mail of {name} goes"))
             continue
         if value is None:
             text = "-"

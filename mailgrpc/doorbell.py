@@ -8,8 +8,9 @@ when it is back.
 A ring is two things. A push on a list that idle workers block on, which is heard at once; and an
 arq job `drain`, for workers run by arq's own command and so that what is queued is visible in
 arq's tools. The list is kept short and rings are joined: however many messages came, there is at
-most one push every few milliseconds and a few jobs a second. A job never has a fixed id, because
-arq swallows one whose id is still known; only `ring_at` uses one a second, where that is wanted.
+most one push every few milliseconds and a few jobs a second, and none while jobs lie there that
+nobody takes. A job never has a fixed id, because arq swallows one whose id is still known; only
+`ring_at` uses one a second, where that is wanted.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ DRAIN = "drain"
 _RINGS = "mailgrpc:rings"
 _FEED = "mailgrpc:feed"
 _RINGS_KEPT = 16
+_JOBS_KEPT = 16
 _PUSH_EVERY_S = 0.005
 _JOB_EVERY_S = 0.25
 _RECONNECT_S = 0.5
@@ -159,7 +161,11 @@ class Doorbell:
                 pipe.ltrim(_RINGS, 0, _RINGS_KEPT - 1)
             if _FEED in wanted:
                 pipe.publish(_FEED, b"1")
-            await pipe.execute()
+            # Those whose time has come: what is deferred says nothing about who takes jobs.
+            pipe.zcount(QUEUE, "-inf", time.time() * 1000)
+            *_, untaken = await pipe.execute()
+        if untaken > _JOBS_KEPT:
+            return
         if DRAIN in wanted and time.monotonic() - self._job_at > _JOB_EVERY_S:
             self._job_at = time.monotonic()
             await self._redis.enqueue_job(DRAIN)

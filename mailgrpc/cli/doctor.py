@@ -18,6 +18,7 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mailgrpc.cli import running
 from mailgrpc.cli.output import Output, Styled
 from mailgrpc.cli.session import Session, pass_session
 from mailgrpc.cli.words import length
@@ -35,6 +36,7 @@ from mailgrpc.providers.registry import open_channel
 _CHECK_S = 10.0
 _SKEW_S = 2.0
 _WORKERS = "mailgrpc.workers"
+_WORKER_SEEN_S = 3.0
 
 
 class Mark(Enum):
@@ -72,9 +74,9 @@ def doctor(session: Session, as_json: bool) -> None:
     Exit code 1 when something is wrong.
     """
     warnings: list[str] = []
-    settings = load_settings(overrides=session.overrides, warn=warnings.append)
+    settings = running.found(load_settings(overrides=session.overrides, warn=warnings.append))
     output = Output()
-    findings = [Finding("settings", Mark.BAD, text) for text in warnings]
+    findings = [Finding("settings", Mark.ABSENT, text) for text in warnings]
     findings = findings or [Finding("settings", Mark.GOOD, "no unknown ones")]
     findings += asyncio.run(_look(settings, session.endpoint()))
     for finding in findings:
@@ -192,7 +194,12 @@ async def _check_server(settings: Settings, endpoint: Endpoint) -> str:
     skew_s = abs((datetime.now(UTC) - server_time).total_seconds())
     if skew_s > _SKEW_S:
         raise Trouble(f"its clock and ours differ by {length(skew_s)}: start NTP on both")
-    if not await _lives(endpoint, _WORKERS):
+    # The server looks for workers every two seconds: one that has just started is waited for.
+    seen_by = asyncio.get_running_loop().time() + _WORKER_SEEN_S
+    while not await _lives(endpoint, _WORKERS):
+        if asyncio.get_running_loop().time() < seen_by:
+            await asyncio.sleep(0.2)
+            continue
         raise Trouble(f"{settings.target} answers, but no worker lives: start `mailgrpc work`")
     return f"{settings.target} answers, a worker lives, the clocks agree"
 

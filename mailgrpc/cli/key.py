@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import click
 
+from mailgrpc.cli import running
 from mailgrpc.cli.process import load, told
 from mailgrpc.db.engine import Database
 from mailgrpc.db.projects import create_key, list_keys, revoke_key
@@ -47,7 +48,7 @@ def revoke(key_id: str) -> None:
 
 
 def _with_database(work: Callable[[Database], Awaitable[T]]) -> T:
-    settings = load()
+    settings = running.found(load())
 
     async def run() -> T:
         database = Database(settings.database_url, pool_size=1)

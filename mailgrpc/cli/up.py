@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from mailgrpc.cli import running
 from mailgrpc.config import Settings, load_settings
 from mailgrpc.embedded.familylog import FamilyLog
 from mailgrpc.embedded.stack import Running, Stack
@@ -47,9 +48,11 @@ async def _run(settings: Settings, log: FamilyLog) -> int:
     starting = asyncio.create_task(stack.start())
     try:
         if await asked.while_(starting):
+            running.write(settings.data_dir, stack.database_url, stack.redis_url)
             log.headline(_report(stack.running, time.monotonic() - begun_at))
             await asked.while_(asyncio.create_task(stack.wait()))
     finally:
+        running.remove(settings.data_dir)
         await stack.stop()
         await asyncio.gather(starting, return_exceptions=True)
     log.say("ended")
@@ -89,9 +92,9 @@ class _Asked:
             self._stack.hurry()
 
 
-def _report(running: Sequence[Running], took_s: float) -> str:
-    parts = [
+def _report(parts: Sequence[Running], took_s: float) -> str:
+    shown = [
         " ".join(filter(None, ("✓" if run.ours else "·", run.part.value, run.detail)))
-        for run in running
+        for run in parts
     ]
-    return "   ".join([*parts, f"{took_s:.1f} s"])
+    return "   ".join([*shown, f"{took_s:.1f} s"])

@@ -21,7 +21,7 @@ from __future__ import annotations
 import enum
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from random import Random
 
@@ -224,7 +224,8 @@ def next_step(
     """What the result of the attempt that is running means for its delivery (in SENDING).
 
     A wait never reaches past `expire_at`: the delivery is due then at the latest, and its start
-    finds it expired. So no other clock has to watch for it.
+    finds it expired. Where no start comes, because no worker serves its channel or too much waits
+    before it, the sweeper expires it instead (worker/expiry.py).
     """
     possibly_sent = delivery.possibly_sent or result.outcome is Outcome.UNKNOWN
     if result.outcome is Outcome.ACCEPTED:
@@ -271,11 +272,6 @@ def result_text(text: str) -> str:
     """A provider's words, fit to store and to show: one line, at most 1,024 bytes of UTF-8."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line.encode("utf-8", "replace")[:1024].decode("utf-8", "ignore")
-
-
-def result_with_text(result: Result, text: str) -> Result:
-    """The same result with other words, cleaned."""
-    return replace(result, text=result_text(text))
 
 
 def resend_refusal(delivery: Delivery, *, accept_duplicate_risk: bool) -> Reason | None:

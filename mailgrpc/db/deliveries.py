@@ -68,8 +68,21 @@ async def release_claims(db: Database, session_id: int, delivery_ids: Sequence[u
     """
     await db.write(
         """UPDATE due q SET session_id = NULL, claims = greatest(q.claims - 1, 0)
-           FROM deliveries d WHERE d.id = q.delivery_id AND d.state <> 2
-           AND q.delivery_id = ANY ($2::uuid[]) AND q.session_id = $1""",
+           WHERE q.delivery_id = ANY ($2::uuid[]) AND q.session_id = $1
+           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id AND d.state = 2)""",
+        session_id,
+        delivery_ids,
+    )
+
+
+async def drop_bereft(db: Database, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
+    """Drop, of these claims, those whose delivery was cleared. Raises StoreUnavailable.
+
+    Both rows are written by one statement, so there is none whose delivery is still to come.
+    """
+    await db.write(
+        """DELETE FROM due q WHERE q.delivery_id = ANY ($2::uuid[]) AND q.session_id = $1
+           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id)""",
         session_id,
         delivery_ids,
     )
@@ -260,6 +273,35 @@ async def read_deliveries(
         delivery_ids,
     )
     return {row["id"]: delivery_of(row, result_of(row)) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class DuePage:
+    """A page of `due`: what of it has expired unclaimed, and where the next one begins."""
+
+    expired: list[uuid.UUID]
+    last: uuid.UUID | None  # None: there is no further page
+
+
+async def read_expired(db: Database, after: uuid.UUID, limit: int, grace_s: float) -> DuePage:
+    """Read the next `limit` rows of `due`, by id, for deliveries that expired `grace_s` ago.
+
+    `scheduled` needs no look: a delivery is due before it expires, so it is in `due` by then.
+    """
+    page = await db.fetch(
+        "SELECT delivery_id, session_id FROM due WHERE delivery_id > $1"
+        " ORDER BY delivery_id LIMIT $2",
+        after,
+        limit,
+    )
+    rows = await db.fetch(
+        """SELECT d.id FROM deliveries d WHERE d.id = ANY ($1::uuid[]) AND d.state IN (1, 3)
+           AND d.expire_at < clock_timestamp() - make_interval(secs => $2)""",
+        [row["delivery_id"] for row in page if row["session_id"] is None],
+        grace_s,
+    )
+    last = page[-1]["delivery_id"] if len(page) == limit else None
+    return DuePage([row["id"] for row in rows], last)
 
 
 async def promote_scheduled(db: Database, limit: int = 2000) -> int:

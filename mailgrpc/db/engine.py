@@ -9,6 +9,7 @@ What can go wrong, and what a caller of `Database` sees:
 
     refused, reset, shutting down, no connection in time     StoreUnavailable
     the same, after the statement may have reached Postgres  AmbiguousCommit (a StoreUnavailable)
+    no space or memory, cancelled, a lock not in time        StoreUnavailable
     deadlock 40P01, serialization 40001                      tried again here, a few times
     data that breaks a constraint or a type                  asyncpg.PostgresError, to be handled
     worker session ended MG001, stale version MG002          SessionEnded, StaleVersion
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
@@ -63,6 +65,12 @@ _NOT_BEGUN = (
     asyncpg.CannotConnectNowError,
     asyncpg.TooManyConnectionsError,
     asyncpg.ReadOnlySQLTransactionError,
+)
+# PostgreSQL has undone the statement, and the connection is as good as before.
+_UNDONE = (
+    asyncpg.InsufficientResourcesError,
+    asyncpg.QueryCanceledError,
+    asyncpg.LockNotAvailableError,
 )
 # It may have been carried out.
 _BROKEN = (
@@ -106,6 +114,7 @@ class Database:
                 "MAILGRPC_DATABASE_URL is not set; `mailgrpc up` brings a PostgreSQL of its own"
             )
         self._url = url
+        self._timeout_s: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.engine: AsyncEngine = create_async_engine(
             "postgresql+asyncpg://",
@@ -126,13 +135,23 @@ class Database:
             await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT_S)
         await self.engine.dispose()
 
+    def with_patience(self, timeout_s: float) -> Database:
+        """The same pool, whose `fetch` and `write` hold a silent server for gone after this."""
+        impatient = copy.copy(self)
+        impatient._timeout_s = timeout_s  # noqa: SLF001  our own
+        return impatient
+
     async def fetch(self, sql: str, *args: Any) -> list[asyncpg.Record]:
         """Run one statement that only reads, and return its rows."""
-        return await self._run(lambda connection: connection.fetch(sql, *args), writes=False)
+        return await self._run(
+            lambda connection: connection.fetch(sql, *args, timeout=self._timeout_s), writes=False
+        )
 
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
         """Run one statement that writes, as a transaction of its own, and return its rows."""
-        return await self._run(lambda connection: connection.fetch(sql, *args), writes=True)
+        return await self._run(
+            lambda connection: connection.fetch(sql, *args, timeout=self._timeout_s), writes=True
+        )
 
     async def select(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
         """Run a query composed with SQLAlchemy, and return its rows."""
@@ -144,10 +163,10 @@ class Database:
                     return rows
             except sa.exc.DBAPIError as error:
                 cause = error.orig.__cause__ if error.orig is not None else None
-                if isinstance(cause, (*_NOT_BEGUN, *_BROKEN)):
+                if isinstance(cause, (*_NOT_BEGUN, *_UNDONE, *_BROKEN)):
                     raise StoreUnavailable(str(cause)) from error
                 raise
-            except (sa.exc.TimeoutError, *_NOT_BEGUN, *_BROKEN) as error:
+            except (sa.exc.TimeoutError, *_NOT_BEGUN, *_UNDONE, *_BROKEN) as error:
                 raise StoreUnavailable(str(error)) from error
 
         return await self._uncancelled(run())
@@ -176,13 +195,8 @@ class Database:
                 connection.add_log_listener(listen)
             try:
                 result = await call(connection)
-            except _NOT_BEGUN as error:
-                raise StoreUnavailable(str(error)) from error
-            except _BROKEN as error:
-                # A connection in doubt is not used again.
-                connection.terminate()
-                broken = AmbiguousCommit if writes else StoreUnavailable
-                raise broken(str(error) or type(error).__name__) from error
+            except (*_NOT_BEGUN, *_UNDONE, *_BROKEN) as error:
+                raise _given_up(connection, error, writes=writes) from error
             except asyncpg.PostgresError as error:
                 if (ours := _OUR_ERRORS.get(error.sqlstate or "")) is not None:
                     raise ours(str(error)) from None
@@ -235,6 +249,25 @@ class Database:
             self._url, command_timeout=COMMAND_TIMEOUT_S, application_name="mailgrpc"
         )
         # With `off` a crash hands out the same sequence numbers again.
-        if await connection.fetchval("SHOW synchronous_commit") == "off":
-            await connection.execute("SET synchronous_commit = on")
+        try:
+            now = await connection.fetchval("SHOW synchronous_commit", timeout=CONNECT_TIMEOUT_S)
+            if now == "off":
+                await connection.execute("SET synchronous_commit = on", timeout=CONNECT_TIMEOUT_S)
+        except BaseException:
+            connection.terminate()
+            raise
         return connection
+
+
+def _given_up(connection: Connection, error: Exception, *, writes: bool) -> StoreUnavailable:
+    """What an error means for the caller of a statement; ends a connection that is of no more use."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, _NOT_BEGUN):
+        # Its server has changed: it would refuse for ever what another connection may do.
+        connection.terminate()
+        return StoreUnavailable(text)
+    if isinstance(error, _UNDONE):
+        return StoreUnavailable(text)
+    # A connection in doubt is not used again.
+    connection.terminate()
+    return AmbiguousCommit(text) if writes else StoreUnavailable(text)

@@ -10,8 +10,8 @@ REQUEST_IDS_DAYS = 7
 async def forget_old_requests(db: Database, limit: int = 1000) -> int:
     """Drop request ids older than a week whose message ended more than a day ago, or is gone.
 
-    How many; call again until it is none. Oldest first, so that those which must stay (a message
-    that waits for weeks) are passed over each time; there are few.
+    How many; call again until it is none. In no order: those which must stay (a message that
+    waits for weeks) are looked at each time; there are few.
     """
     rows = await db.write(
         """DELETE FROM request_ids WHERE (project_id, request_id) IN (

@@ -84,13 +84,14 @@ async def release_unstarted(
     None of it may be in a start that is under way: the session has ended, or its worker says so
     for this channel. `lost` keeps each row's count of claims: their worker died with them.
 
-    Reads all of `due`, which has no index on sessions so that claims stay cheap; this is rare.
+    A row whose delivery is gone is given back as well; the drain that claims it drops it. Reads
+    all of `due`, which has no index on sessions so that claims stay cheap; this is rare.
     """
     rows = await db.write(
         """UPDATE due q SET session_id = NULL,
                claims = CASE WHEN $2 THEN q.claims ELSE greatest(q.claims - 1, 0) END
-           FROM deliveries d
-           WHERE d.id = q.delivery_id AND q.session_id = $1 AND d.state <> 2
+           WHERE q.session_id = $1
+           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id AND d.state = 2)
            AND ($3::text IS NULL OR q.channel = $3)
            RETURNING q.delivery_id""",
         session_id,

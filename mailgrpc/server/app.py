@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -18,7 +18,7 @@ from mailgrpc.config import HostPort, Settings
 from mailgrpc.core.message import MAX_REQUEST_BYTES
 from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import check_schema
-from mailgrpc.db.workers import read_sessions
+from mailgrpc.db.workers import SessionRow, read_sessions
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import SettingsError, StoreUnavailable
 from mailgrpc.providers.provider import Provider
@@ -43,6 +43,36 @@ _HEALTH_EVERY_S = 2.0
 _RECEIVED_BYTES = MAX_REQUEST_BYTES * 6 // 5
 # In the pool of descriptors, so that reflection can name them and error details print.
 _TOLD_BY_REFLECTION = (error_details_pb2, status_pb2)
+
+
+class Witness:
+    """Tells whether worker sessions live, by the clock of this process alone.
+
+    Who ends a silent session is a worker, and the last one has nobody left to do that.
+    """
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def any_lives(self, sessions: Sequence[SessionRow], now: float) -> bool:
+        """Whether one of the sessions that have not ended was seen to beat within the lease.
+
+        One that is new here has until then to show a beat.
+        """
+        before, self._seen = self._seen, {}
+        for session in sessions:
+            if session.ended_at is None:
+                beat, since = before.get(session.session_id, (session.beat, now))
+                self._seen[session.session_id] = (
+                    session.beat,
+                    since if beat == session.beat else now,
+                )
+        return any(now - since < self._lease_s for _, since in self._seen.values())
+
+    def forget(self) -> None:
+        """The sessions could not be seen: their silence until now means nothing."""
+        self._seen.clear()
 
 
 class MailServer:
@@ -87,6 +117,7 @@ class MailServer:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._witness = Witness(settings.lease_s)
 
     async def start(self) -> HostPort:
         """Listen; where. Raises SettingsError, SchemaError, StoreUnavailable."""
@@ -120,8 +151,13 @@ class MailServer:
         return HostPort(self._settings.listen.host, port)
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """End: no new calls, waiting ones answered, streams told to resume elsewhere."""
+        """End: no new calls, waiting ones answered, streams told to resume elsewhere.
+
+        Calls and flushes under way have `grace_s` together.
+        """
         grace_s = self._settings.grace_s if grace_s is None else grace_s
+        clock = asyncio.get_running_loop().time
+        ends_at = clock() + grace_s
         if self._watcher is not None:
             self._watcher.cancel()
         with contextlib.suppress(Exception):
@@ -130,7 +166,7 @@ class MailServer:
         if self._server is not None:
             await self._server.stop(grace_s)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._intake.drain(), grace_s)
+            await asyncio.wait_for(self._intake.drain(), max(0.0, ends_at - clock()))
         await self._feed.stop()
         for provider in self._channels.values():
             await provider.close()
@@ -178,11 +214,12 @@ class MailServer:
         not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
         try:
             sessions = await read_sessions(self._database)
-            store, worker = True, any(s.ended_at is None for s in sessions)
-        except StoreUnavailable:
-            store = worker = False
-        except Exception:
-            log.exception("the health check failed")
+            now = asyncio.get_running_loop().time()
+            store, worker = True, self._witness.any_lives(sessions, now)
+        except Exception as error:
+            if not isinstance(error, StoreUnavailable):
+                log.exception("the health check failed")
+            self._witness.forget()
             store = worker = False
         for name, good in (("", store), (SERVICE, store), (WORKERS, worker)):
             await self._health.set(name, serving if good else not_serving)

@@ -7,6 +7,7 @@ that wait.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from mailgrpc.core.place import Place
 from mailgrpc.server import convert
 
 Key = tuple[Hashable, ...]
+_EVENT_BYTES = 1024
 
 
 class Entry:
@@ -37,11 +39,12 @@ class Entry:
 class Batch:
     """A page of events, in order, and the place behind it."""
 
-    __slots__ = ("_by_key", "_of_project", "_to_all", "behind", "size")
+    __slots__ = ("_by_key", "_of_project", "_to_all", "behind", "bytes", "size")
 
     def __init__(self, events: Sequence[Event], behind: Place) -> None:
         self.behind = behind
         self.size = len(events)
+        self.bytes = sum(map(_bytes_of, events))
         self._of_project: dict[int, list[Entry]] = {}
         for event in events:
             self._of_project.setdefault(event.project_id, []).append(Entry(event))
@@ -82,6 +85,13 @@ class Batch:
                     for key in _keys_of_event(entry.event):
                         self._by_key.setdefault(key, []).append(entry)
         return self._by_key
+
+
+def _bytes_of(event: Event) -> int:
+    """About what an event takes in memory; payloads alone have no small bound."""
+    payload = len(json.dumps(event.payload, default=str)) if event.payload is not None else 0
+    args = sum(len(key) + len(value) for key, value in event.labels.custom_args.items())
+    return _EVENT_BYTES + payload + args
 
 
 def keys_of_filter(project_id: int, wanted: Filter) -> tuple[Key, ...]:

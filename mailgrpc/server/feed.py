@@ -135,11 +135,16 @@ class Feed:
         more = len(events) == PAGE_EVENTS or not self.ring.is_at_end(reader)
         return [Entry(e) for e in mine], more
 
-    async def wait_for_news(self, reader: Reader, timeout_s: float) -> bool:
-        """Wait until there may be more to read. False: nothing came in this time."""
+    async def wait_for_news(
+        self, reader: Reader, timeout_s: float, *, lightly: bool = False
+    ) -> bool:
+        """Wait until there may be more to read. False: nothing came in this time.
+
+        `lightly`: the feed having moved is news, even if nothing in it is for the reader.
+        """
         if self._ending:
             return True
-        return await self.ring.sleep(reader, timeout_s)
+        return await self.ring.sleep(reader, timeout_s, lightly=lightly)
 
     async def _follow(self) -> None:
         """Read what is new, for ever; survive the database."""

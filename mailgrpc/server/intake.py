@@ -16,7 +16,9 @@ What can go wrong.
   early.
 - A value that PostgreSQL refuses. The flush is halved until the one that carries it stands alone.
 - A caller gives up. Before its flush it is dropped; after that nobody cancels it.
-- Too many wait. RESOURCE_EXHAUSTED with when to come back: the queue here is memory, not a promise.
+- The store falls silent. A statement of a flush has a patience of its own, much shorter than that
+  of others, because all who wait stand behind it.
+- Too many wait, or too many bytes. RESOURCE_EXHAUSTED with when to come back: the queue here is memory, not a promise.
 """
 
 from __future__ import annotations
@@ -40,7 +42,13 @@ from mailgrpc.db.messages import (
     read_known_requests,
 )
 from mailgrpc.doorbell import Doorbell
-from mailgrpc.errors import Exhausted, Reason, RequestIdMismatch, StoreUnavailable
+from mailgrpc.errors import (
+    Exhausted,
+    Reason,
+    RequestIdMismatch,
+    StoreUnavailable,
+    Unavailable,
+)
 from mailgrpc.server.feed import Feed
 
 log = logging.getLogger(__name__)
@@ -48,7 +56,10 @@ log = logging.getLogger(__name__)
 FLUSH_MESSAGES = 500
 FLUSH_DELIVERIES = 2000
 FLUSH_BYTES = 1024 * 1024
+FLUSH_TIMEOUT_S = 10.0
 ALONE_BYTES = 256 * 1024
+QUEUE_BYTES = 64 * 1024 * 1024
+"""What may wait in memory, whatever the number of calls."""
 _LARGE_AT_ONCE = 2
 _AMBIGUOUS_TRIES = 6
 _AMBIGUOUS_WAIT_S = 0.5
@@ -81,7 +92,7 @@ class Intake:
     def __init__(
         self, database: Database, doorbell: Doorbell, feed: Feed, *, lane: int, limit: int
     ) -> None:
-        self._database = database
+        self._database = database.with_patience(FLUSH_TIMEOUT_S)
         self._doorbell = doorbell
         self._feed = feed
         self._lane = lane
@@ -89,6 +100,7 @@ class Intake:
         self._waiting: deque[_Waiting] = deque()
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._large_waiting = 0
+        self._bytes = 0
         self._flusher: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -99,7 +111,8 @@ class Intake:
         nothing. It ends in RequestIdMismatch or StoreUnavailable where the message is not in.
         Raises Exhausted.
         """
-        if len(self._waiting) + self._large_waiting >= self._limit:
+        calls = len(self._waiting) + self._large_waiting
+        if calls >= self._limit or self._bytes + size > QUEUE_BYTES:
             raise Exhausted(
                 Reason.QUEUE_FULL,
                 "too many calls wait to be stored",
@@ -107,7 +120,9 @@ class Intake:
                 quota="queue",
             )
         waiting = _Waiting(new, size, asyncio.get_running_loop().create_future())
+        self._bytes += size
         if size >= ALONE_BYTES:
+            self._large_waiting += 1
             self._spawn(self._flush_large(waiting))
         else:
             self._waiting.append(waiting)
@@ -132,13 +147,13 @@ class Intake:
                 await self._flush(batch)
 
     async def _flush_large(self, waiting: _Waiting) -> None:
-        self._large_waiting += 1
         try:
             async with self._large:
                 if not waiting.answer.done():
                     await self._flush([waiting])
         finally:
             self._large_waiting -= 1
+            self._bytes -= waiting.size
 
     def _take(self) -> list[_Waiting]:
         """The next flush, within its bounds; who gave up is left out."""
@@ -150,6 +165,7 @@ class Intake:
             if batch and full:
                 break
             self._waiting.popleft()
+            self._bytes -= head.size
             if not head.answer.done():
                 batch.append(head)
                 deliveries += head.deliveries
@@ -176,7 +192,10 @@ class Intake:
         self._doorbell.hint_feed()
         self._feed.wake()
         for waiting in batch:
-            _answer(waiting, inserted, known)
+            try:
+                _answer(waiting, inserted, known)
+            except Exception as error:  # noqa: BLE001  as above
+                _fail([waiting], error)
 
     async def _insert(self, new: Sequence[NewMessage]) -> Inserted:
         for attempt in range(_AMBIGUOUS_TRIES):
@@ -193,7 +212,7 @@ class Intake:
                 await asyncio.sleep(_AMBIGUOUS_WAIT_S * attempt)
             except StoreUnavailable:
                 if attempt == 0:
-                    raise  # nothing was sent
+                    raise  # nothing was done
                 await asyncio.sleep(_AMBIGUOUS_WAIT_S * attempt)
         raise AmbiguousCommit("the store stayed away while a flush was in doubt")
 
@@ -231,10 +250,22 @@ def _answer(
 
 
 def is_same_request(submission: Submission, found: KnownRequest) -> bool:
-    """Whether an Enqueue says what the one before it said, by the rule of its time."""
+    """Whether an Enqueue says what the one before it said, by the rule of its time.
+
+    Raises Unavailable where only a newer version can tell: while servers are being replaced, one
+    of those that are new already answers.
+    """
     if not found.is_enqueue:
         return False
-    return fingerprint(submission, found.rule) == found.fingerprint
+    try:
+        said = fingerprint(submission, found.rule)
+    except ValueError as error:
+        raise Unavailable(
+            Reason.STORE_UNAVAILABLE,
+            "this request_id is known to a newer version of the server; ask again",
+            retry_after=_COME_BACK,
+        ) from error
+    return said == found.fingerprint
 
 
 def _fail(batch: list[_Waiting], error: Exception) -> None:

@@ -2,7 +2,8 @@
 
 Promises. A call never hangs: a handler that is cancelled from inside, or that fails in a way nobody
 foresaw, still answers. What the server did not expect is INTERNAL with an error id and nothing
-else; the log has the rest under that id. A call without a deadline gets the server's. A request that
+else; the log has the rest under that id. A call without a deadline gets the server's. One that has
+a deadline and waits for the store is told so just before that. A request that
 is too large or broken is not read, and still answered by the contract: left to itself, gRPC would
 answer UNKNOWN with the text of an exception. Details stay under 4 kB, because they travel in
 trailers, and past 8 kB the caller sees another error.
@@ -45,6 +46,7 @@ SERVICE_PREFIX = "/mailgrpc.v1."
 LONGEST_WAIT_S = 60
 """How long ListEvents may be asked to wait for the first event."""
 _RETRY_STORE = timedelta(seconds=1)
+_TO_ANSWER_S = 0.25  # left of the caller's time to tell it that the store was silent
 _DETAILS_BYTES = 3900  # under 4 kB with what gRPC adds
 _TEXT_CHARACTERS = 300
 
@@ -144,6 +146,12 @@ def translated(error: BaseException, method: str) -> RequestError:
     return RequestError(Reason.INTERNAL, f"internal error {error_id}")
 
 
+def _is_callers(context: Any) -> bool:
+    """Whether the cancellation under way is the caller's or the server's end, not from inside."""
+    task = asyncio.current_task()
+    return (task is not None and task.cancelling() > 0) or context.cancelled()
+
+
 @dataclass(frozen=True, slots=True)
 class _Unread:
     """What stands in the place of a request that was not read, and why it was not."""
@@ -212,6 +220,9 @@ class Edge(grpc.aio.ServerInterceptor):
             except TimeoutError as error:
                 if not bound.expired():  # one of our own, from within
                     await _abort(context, translated(error, name))
+                if context.time_remaining() is not None:
+                    silent = StoreUnavailable("no answer within the caller's time")
+                    await _abort(context, translated(silent, name))
                 await context.abort(
                     grpc.StatusCode.DEADLINE_EXCEEDED,
                     "no answer in the time that this server gives a call without a deadline",
@@ -219,9 +230,7 @@ class Edge(grpc.aio.ServerInterceptor):
             except asyncio.CancelledError:
                 # The caller has gone, or a future of our own was cancelled under us: in that case
                 # the caller is still there, and raising this would leave it without an answer.
-                if (task := asyncio.current_task()) is not None and task.cancelling():
-                    raise
-                if context.cancelled():
+                if _is_callers(context):
                     raise
                 await _abort(context, translated(RuntimeError("cancelled from inside"), name))
             except grpc.aio.AbortError:
@@ -239,7 +248,11 @@ class Edge(grpc.aio.ServerInterceptor):
                 await self._let_in(request, context)
                 async for response in call(request, context):
                     yield response
-            except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+            except asyncio.CancelledError:
+                if _is_callers(context):
+                    raise
+                await _abort(context, translated(RuntimeError("cancelled from inside"), name))
+            except (GeneratorExit, grpc.aio.AbortError):
                 raise
             except Exception as error:
                 if context.cancelled() or type(error).__name__ == "ExecuteBatchError":
@@ -250,13 +263,19 @@ class Edge(grpc.aio.ServerInterceptor):
 
     def _bound_s(self, request: Any, context: Any) -> float | None:
         """How long a call may take; None where the caller's own deadline ends it."""
-        if context.time_remaining() is not None:
-            return None
+        wait_s = 0.0
         if isinstance(request, mail_service_pb2.ListEventsRequest):
-            # A caller who asked to wait gets the wait, and then as long as everybody.
             wait_s = request.wait.seconds + request.wait.nanos / 1e9
+        remaining_s: float | None = context.time_remaining()
+        if remaining_s is None:
+            # A caller who asked to wait gets the wait, and then as long as everybody.
             return self._deadline_s + max(0.0, min(wait_s, LONGEST_WAIT_S))
-        return self._deadline_s
+        if wait_s > 0:
+            return None  # it may wait for events and not for the store
+        left_s = max(remaining_s - _TO_ANSWER_S, remaining_s / 2)
+        if isinstance(request, mail_service_pb2.ClearRequest):
+            return left_s  # it takes as long as there is to remove
+        return min(self._deadline_s, left_s)
 
     async def _let_in(self, request: Any, context: Any) -> None:
         """Let the call know its caller. Raises RequestError, StoreUnavailable."""

@@ -26,6 +26,8 @@ from mailgrpc.server.batch import Batch, Entry, Key, is_of_all, keys_of_filter
 
 RING_EVENTS = 8192
 """Events kept in memory; who is further behind reads the table."""
+RING_BYTES = 32 * 1024 * 1024
+"""The same in bytes, roughly: the event of a Clear carries its whole filter."""
 
 
 class Reader:
@@ -51,11 +53,12 @@ class Reader:
 
 
 class Ring:
-    """Batches of at most RING_EVENTS events, and every reader of this process."""
+    """Batches of at most RING_EVENTS events and RING_BYTES, and every reader of this process."""
 
     def __init__(self) -> None:
         self._batches: deque[Batch] = deque()
         self._events = 0
+        self._bytes = 0
         self._first = 0  # number of the first batch, counted since the start
         self._start: Place = {}  # just before it
         self._place: Place = {}  # just behind the last one
@@ -63,7 +66,7 @@ class Ring:
         self._readers: dict[Key, set[Reader]] = {}
         self._of_project: dict[int, set[Reader]] = {}
         self._keyed = 0
-        self._unsettled_sleepers: set[Reader] = set()
+        self._light_sleepers: set[Reader] = set()
 
     @property
     def place(self) -> Place:
@@ -95,7 +98,7 @@ class Ring:
             _discard(self._readers, key, reader)
         _discard(self._of_project, reader.project_id, reader)
         self._keyed -= reader.is_keyed
-        self._unsettled_sleepers.discard(reader)
+        self._light_sleepers.discard(reader)
 
     def begin(self, place: Place) -> None:
         """Forget all batches and go on at a place that readers need not have seen.
@@ -115,6 +118,7 @@ class Ring:
         self._first += len(self._batches) + 1
         self._batches.clear()
         self._events = 0
+        self._bytes = 0
         self._start = self._place = place
 
     def check_history(self, reader: Reader) -> None:
@@ -128,19 +132,21 @@ class Ring:
         batch = Batch(events, advance(before, events))
         self._batches.append(batch)
         self._events += batch.size
+        self._bytes += batch.bytes
         self._place = batch.behind
-        while self._events > RING_EVENTS:
+        while self._events > RING_EVENTS or self._bytes > RING_BYTES:
             dropped = self._batches.popleft()
             self._events -= dropped.size
+            self._bytes -= dropped.bytes
             self._start = dropped.behind
             self._first += 1
         for reader in self._told_by(batch):
             if reader.is_asleep and reader.settled:
                 reader.number, reader.place = number, before
                 _wake(reader)
-        for reader in self._unsettled_sleepers:
+        for reader in self._light_sleepers:
             _wake(reader)
-        self._unsettled_sleepers.clear()
+        self._light_sleepers.clear()
 
     def _told_by(self, batch: Batch) -> Iterator[Reader]:
         for project_id in batch.projects():
@@ -193,24 +199,25 @@ class Ring:
             reader.settled = covers(batch.behind, reader.place)
         return entries, reader.number < self._next
 
-    async def sleep(self, reader: Reader, timeout_s: float) -> bool:
+    async def sleep(self, reader: Reader, timeout_s: float, *, lightly: bool = False) -> bool:
         """Wait until there may be something for the reader. False: nothing came in this time.
 
-        Returns at once where something came since it last read.
+        Returns at once where something came since it last read. Who sleeps `lightly` is woken by
+        any batch: for one that waits to be somewhere, not only for what it wants.
         """
         if not self.is_at_end(reader) or reader.epoch != self._epoch:
             return True
         loop = asyncio.get_running_loop()
         reader.waiter = loop.create_future()
-        if not reader.settled:
-            self._unsettled_sleepers.add(reader)
+        if lightly or not reader.settled:
+            self._light_sleepers.add(reader)
         timer = loop.call_later(timeout_s, self._time_is_up, reader)
         try:
             return await reader.waiter
         finally:
             timer.cancel()
             reader.waiter = None
-            self._unsettled_sleepers.discard(reader)
+            self._light_sleepers.discard(reader)
 
     def _time_is_up(self, reader: Reader) -> None:
         if reader.is_asleep:

@@ -177,7 +177,8 @@ class Watch:
                         caught_up=True, resume_token=wanted.token(reader.place)
                     )
                 elif not more:
-                    await self._feed.wait_for_news(reader, pulse.left_s)
+                    # `end` can be ahead of the ring, behind events that are for others.
+                    await self._feed.wait_for_news(reader, pulse.left_s, lightly=not is_caught_up)
                 if pulse.is_due:
                     yield WatchStatusResponse(
                         resume_token=wanted.token(reader.place) if shown is None else ""

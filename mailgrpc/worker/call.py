@@ -70,14 +70,14 @@ async def group_claims(
     for c in claimed:
         if c.claims < GIVEN_UP_AT_CLAIMS:
             by_message.setdefault(message_of(c.delivery_id), []).append(c.delivery_id)
-    contents, broken = await _read(database, list(by_message))
+    contents, refused = await _read(database, list(by_message))
     for message_id, ids in by_message.items():
-        if message_id not in contents and message_id not in broken:
+        if message_id not in contents and message_id not in refused:
             continue
         ids.sort()
         for first in range(0, len(ids), group_max):
             part = tuple(ids[first : first + group_max])
-            groups.append(Group(part, contents.get(message_id), broken.get(message_id)))
+            groups.append(Group(part, contents.get(message_id), refused.get(message_id)))
     return groups
 
 
@@ -94,14 +94,14 @@ async def _read(
     except Exception as error:
         if len(message_ids) == 1:
             log.exception("message %s cannot be read", message_ids[0])
-            return {}, {message_ids[0]: _broken(Outcome.REJECTED, error)}
+            return {}, {message_ids[0]: broken(Outcome.REJECTED, error)}
     contents: dict[uuid.UUID, StoredContent] = {}
-    broken: dict[uuid.UUID, Result] = {}
+    refused: dict[uuid.UUID, Result] = {}
     for message_id in message_ids:
         found, bad = await _read(database, [message_id])
         contents |= found
-        broken |= bad
-    return contents, broken
+        refused |= bad
+    return contents, refused
 
 
 async def call_provider(
@@ -114,7 +114,7 @@ async def call_provider(
         call = _call_of(group.content, started, last_look)
     except Exception as error:
         log.exception("call %s cannot be made", started[0].call_id)
-        return [_broken(Outcome.REJECTED, error)] * len(started)
+        return [broken(Outcome.REJECTED, error)] * len(started)
     if call is None:
         return [_ERASED] * len(started)
     try:
@@ -126,10 +126,10 @@ async def call_provider(
         if task is None or task.cancelling():
             raise
         # Nobody cancelled us: something within the provider was, and let it out.
-        return [_broken(Outcome.UNKNOWN, error)] * len(started)
+        return [broken(Outcome.UNKNOWN, error)] * len(started)
     except Exception as error:
         log.exception("call %s failed", started[0].call_id)
-        return [_broken(Outcome.UNKNOWN, error)] * len(started)
+        return [broken(Outcome.UNKNOWN, error)] * len(started)
     return results
 
 
@@ -157,7 +157,8 @@ def _call_of(
     )
 
 
-def _broken(outcome: Outcome, error: BaseException) -> Result:
+def broken(outcome: Outcome, error: BaseException) -> Result:
+    """What a fault of ours comes to."""
     # Callers read this: what the error says in full may be of no business of theirs.
     text = f"{type(error).__name__} within the gateway; its log has the rest"
     return Result(outcome, Cause.INTERNAL, text=text)

@@ -3,7 +3,8 @@
 Promises. Only what a committed start returned is sent. SEND_ONCE deliveries are started in groups
 no larger than the free slots on the wire, so that a crash leaves few in doubt; RETRYING ones may be
 started ahead of the wire. A message that breaks the code fails alone (call.py); one that breaks
-the process is claimed alone from the third time on, and given up at the sixth. One slow channel
+the process is claimed alone from the third time on, and given up at the sixth. Whatever breaks in
+between, what was started has a result: at worst that nobody knows. One slow channel
 holds no other's slots, because each has its own loop and its own provider.
 
 The loop is woken by a flag that is cleared *before* the claim: a ring that comes during the claim
@@ -30,14 +31,16 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from mailgrpc.core.delivery import Mode, next_step
+from mailgrpc.core.delivery import Mode, Outcome, Result, next_step
 from mailgrpc.core.ids import new_id
+from mailgrpc.core.retry import DEFAULT_POLICY, RetryPolicy
 from mailgrpc.db.deliveries import (
     Claimed,
     Recorded,
     Started,
     Starting,
     claim_due,
+    drop_bereft,
     release_claims,
     start_deliveries,
 )
@@ -45,7 +48,7 @@ from mailgrpc.db.engine import AmbiguousCommit, Database, SessionEnded
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
 from mailgrpc.providers.provider import Provider
-from mailgrpc.worker.call import ALONE_FROM_CLAIMS, Group, call_provider, group_claims
+from mailgrpc.worker.call import ALONE_FROM_CLAIMS, Group, broken, call_provider, group_claims
 from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
@@ -172,7 +175,7 @@ class Drain:
         claimed = await self._one_if_suspect(session_id, claims.claimed)
         waiting = deque(await group_claims(self._database, claimed, self._provider.group_max))
         grouped = {i for group in waiting for i in group.delivery_ids}
-        await self._release(
+        await self._leave_out(
             session_id, [c.delivery_id for c in claimed if c.delivery_id not in grouped]
         )
         try:
@@ -195,6 +198,16 @@ class Drain:
             return claimed
         await self._release(session_id, [c.delivery_id for c in claimed if c is not suspect])
         return [suspect]
+
+    async def _leave_out(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
+        """Drop what was cleared, which would be claimed for ever, and give back the others."""
+        if not delivery_ids:
+            return
+        try:
+            await drop_bereft(self._database, session_id, delivery_ids)
+        except StoreUnavailable:
+            self._claims_astray = True
+        await self._release(session_id, delivery_ids)
 
     async def _release(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
         if not delivery_ids:
@@ -266,20 +279,23 @@ class Drain:
         """One call to the provider, and its results to the recorder."""
         async with self._slots:
             results = await call_provider(self._provider, group, started, last_look)
+        try:
+            policy = group.policy
+        except Exception:
+            log.exception("the policy of %s cannot be read", started[0].delivery.delivery_id)
+            policy = DEFAULT_POLICY
+        self._recorder.put([self._end(s, r, policy) for s, r in zip(started, results, strict=True)])
+
+    def _end(self, started: Started, result: Result, policy: RetryPolicy) -> Recorded:
+        """What a result means, whatever breaks: else its delivery stayed in SENDING."""
         now = datetime.now(UTC)
-        policy = group.policy
-        self._recorder.put(
-            [
-                Recorded(
-                    s,
-                    self._provider.name,
-                    now,
-                    result,
-                    next_step(s.delivery, result, now, policy, self._rng),
-                )
-                for s, result in zip(started, results, strict=True)
-            ]
-        )
+        try:
+            step = next_step(started.delivery, result, now, policy, self._rng)
+        except Exception as error:
+            log.exception("nobody knows what %r means", result)
+            result = broken(Outcome.UNKNOWN, error)
+            step = next_step(started.delivery, result, now, DEFAULT_POLICY, self._rng)
+        return Recorded(started, self._provider.name, now, result, step)
 
 
 def _take(waiting: deque[Group], room: int) -> list[Group]:

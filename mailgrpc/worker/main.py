@@ -85,8 +85,11 @@ async def _startup(ctx: dict[str, Any]) -> None:
 
 
 async def _shutdown(ctx: dict[str, Any]) -> None:
-    await ctx["worker"].stop()
-    await ctx["database"].close()
+    # Asked for also when the start failed; what was not made is not to be ended.
+    if (worker := ctx.get("worker")) is not None:
+        await worker.stop()
+    if (database := ctx.get("database")) is not None:
+        await database.close()
 
 
 def _worker_settings() -> type:

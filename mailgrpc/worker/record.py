@@ -1,8 +1,10 @@
 """Recording: what came back from providers becomes rows, many in one round trip.
 
 Promises. A result that was handed in is written, whatever PostgreSQL does meanwhile: it is asked
-again until it answers, and asking again moves nothing twice. A result always reaches its attempt;
-it changes the delivery when that attempt is running, or by the rule on late results:
+again until it answers, and asking again moves nothing twice. What PostgreSQL refuses is written
+without its words, and refused even so it is kept and tried again, its outcome alone and less and
+less often, while the others go on; `close` tells how many are left. A result always reaches its
+attempt; it changes the delivery when that attempt is running, or by the rule on late results:
 
     the attempt is the last one started, and the state rests on no proof    SENT or FAILED, by proof
     a newer attempt has been started                                        the attempt alone
@@ -24,6 +26,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mailgrpc.core.delivery import Result
 from mailgrpc.db.deliveries import Recorded, record_outcomes
 from mailgrpc.db.engine import Database
 from mailgrpc.doorbell import Doorbell
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FLUSH_RESULTS = 500
 _RETRY_S = 0.5
+_INSIST_MAX_S = 60.0
 
 
 def _id(recorded: Recorded) -> uuid.UUID:
@@ -52,10 +56,12 @@ class Recorder:
         self._lane = lane
         self._waiting: deque[Recorded] = deque()
         self._flusher: asyncio.Task[None] | None = None
+        self._refused: deque[Recorded] = deque()
+        self._insister: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         """Results that are not recorded yet."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._refused)
 
     def put(self, results: Sequence[Recorded]) -> None:
         """Hand results in. Returns at once."""
@@ -64,15 +70,20 @@ class Recorder:
             self._flusher = asyncio.get_running_loop().create_task(self._flush_all())
 
     async def drain(self) -> None:
-        """Return once everything that was handed in is recorded."""
+        """Return once everything that was handed in is recorded, or refused by PostgreSQL."""
         while self._flusher is not None and not self._flusher.done():
             await asyncio.shield(self._flusher)
 
     async def close(self) -> None:
         """Stop; what is not recorded by now is left to the reaper."""
-        if self._flusher is not None:
-            self._flusher.cancel()
-            await asyncio.gather(self._flusher, return_exceptions=True)
+        tasks = [task for task in (self._flusher, self._insister) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if len(self):
+            log.warning(
+                "%d results are left unrecorded; their attempts are taken for lost", len(self)
+            )
 
     async def _flush_all(self) -> None:
         while self._waiting:
@@ -96,7 +107,8 @@ class Recorder:
             except StoreUnavailable:
                 self._waiting.append(one)
             except Exception:
-                log.exception("the result of %s cannot be recorded", _id(one))
+                log.exception("the result of %s cannot be recorded yet", _id(one))
+                self._keep(one)
         self._told(batch)
 
     async def _record_somehow(self, one: Recorded) -> None:
@@ -111,6 +123,37 @@ class Recorder:
                 one.result, enhanced_code="", text="", provider_message_id="", status_code=0
             )
             await record_outcomes(self._database, self._lane, [replace(one, result=plain)])
+
+    def _keep(self, one: Recorded) -> None:
+        bare = Result(one.result.outcome, one.result.cause)
+        self._refused.append(replace(one, provider="", result=bare))
+        if self._insister is None or self._insister.done():
+            self._insister = asyncio.get_running_loop().create_task(self._insist())
+
+    async def _insist(self) -> None:
+        """Try what was refused again, one by one, until nothing is left of it."""
+        wait_s = _RETRY_S
+        while self._refused:
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, _INSIST_MAX_S)
+            refusal: Exception | None = None
+            for _ in range(len(self._refused)):
+                one = self._refused[0]
+                try:
+                    await record_outcomes(self._database, self._lane, [one])
+                except StoreUnavailable as error:
+                    self._outage.met(error)
+                    break
+                except Exception as error:  # noqa: BLE001  told below, once for all of them
+                    refusal = error
+                    self._refused.rotate(-1)
+                else:
+                    self._refused.popleft()
+                    self._told([one])
+            if refusal is not None:
+                log.warning(
+                    "%d results are refused and kept, one of them: %s", len(self._refused), refusal
+                )
 
     def _told(self, batch: Sequence[Recorded]) -> None:
         self._doorbell.hint_feed()

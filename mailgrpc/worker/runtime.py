@@ -16,6 +16,7 @@ from mailgrpc.errors import SettingsError
 from mailgrpc.providers.provider import Provider
 from mailgrpc.providers.registry import open_channels
 from mailgrpc.worker.drain import Drain
+from mailgrpc.worker.expiry import Expiry
 from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
@@ -73,6 +74,7 @@ class Worker:
         self._sweeper = Sweeper(
             database,
             Reaper(database, lane=lane, lease_s=settings.lease_s),
+            Expiry(database, lane=lane),
             self.wake,
             event_retention_s=settings.event_retention_s,
             outage=outage,

@@ -1,8 +1,9 @@
 """The sweeper: what makes everything come right when nobody rang. Runs in every worker.
 
 Every second it wakes the drains (so that without Redis mail still flows within two), moves what
-was scheduled over when its time is near, and reaps sessions. Apart from that it drops what has
-outlived its retention now and then. It is outside arq, because arq's own worker ends when Redis goes away.
+was scheduled over when its time is near, and reaps sessions; every minute it expires what no
+start came to (expiry.py). Apart from that it drops what has outlived its retention now and then.
+It is outside arq, because arq's own worker ends when Redis goes away.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mailgrpc.db.workers import (
     release_unstarted,
 )
 from mailgrpc.errors import StoreUnavailable
+from mailgrpc.worker.expiry import Expiry
 from mailgrpc.worker.outage import Outage
 
 log = logging.getLogger(__name__)
@@ -147,6 +149,7 @@ class Sweeper:
         self,
         database: Database,
         reaper: Reaper,
+        expiry: Expiry,
         wake: Callable[[], Any],
         *,
         event_retention_s: float,
@@ -154,6 +157,7 @@ class Sweeper:
     ) -> None:
         self._database = database
         self._reaper = reaper
+        self._expiry = expiry
         self._wake = wake
         self._event_retention_s = event_retention_s
         self._outage = outage or Outage()
@@ -181,6 +185,7 @@ class Sweeper:
         while await promote_scheduled(self._database, PROMOTED_AT_ONCE) == PROMOTED_AT_ONCE:
             self._wake()
         await self._reaper.reap()
+        await self._expiry.walk()
 
     async def run_chores(self) -> None:
         """Forget for ever, apart from the sweeping: it may take long, and nobody waits for it."""

@@ -30,7 +30,6 @@ from mailgrpc.core.delivery import (
     resend_refusal,
     resend_step,
     result_text,
-    result_with_text,
 )
 from mailgrpc.core.retry import DEFAULT_POLICY, RetryPolicy
 from mailgrpc.errors import Reason
@@ -311,8 +310,3 @@ def test_a_providers_words_are_one_printable_line_of_at_most_1024_bytes(text: st
     assert len(cleaned.encode()) <= 1024
     assert cleaned.isprintable()
     assert result_text(cleaned) == cleaned.rstrip()
-
-
-def test_new_words_leave_the_rest_of_a_result_as_it_was() -> None:
-    result = result_with_text(Result(Outcome.REJECTED, Cause.POLICY, 550), "no\r\n\x1b[31mway")
-    assert result == Result(Outcome.REJECTED, Cause.POLICY, 550, text="no [31mway")

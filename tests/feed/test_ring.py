@@ -31,6 +31,7 @@ def event(seq: int, lane: int = 0, project_id: int = 1, label: str = "", **field
         kind=fields.pop("kind", EventKind.STATE_CHANGED),
         occurred_at=NOW,
         message_id=fields.pop("message_id", None) or new_message_id(),
+        payload=fields.pop("payload", None),
         labels=Labels(correlation_id=label),
     )
 
@@ -87,6 +88,32 @@ async def test_who_sleeps_is_not_overtaken_by_the_ring(monkeypatch: pytest.Monke
     assert await task
     assert ring.has(reader)
     assert seqs(ring.read(reader)[0]) == [50]
+
+
+async def test_who_sleeps_lightly_is_woken_by_what_is_for_others() -> None:
+    ring = Ring()
+    reader = joined(ring, Filter(correlation_ids=frozenset("a")))
+    task = asyncio.create_task(ring.sleep(reader, 30.0, lightly=True))
+    while not reader.is_asleep:
+        await asyncio.sleep(0)
+    ring.append([event(1, label="b")])
+    assert await task
+    ring.read(reader)
+    assert reader.place == {0: Position(1, 1)}
+
+
+def test_the_ring_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_module, "RING_BYTES", 100_000)
+    ring = Ring()
+    large = {"count": 1, "filter": {"recipients": ["x" * 30_000]}}
+    for seq in range(1, 10):
+        ring.append([event(seq, kind=EventKind.MESSAGES_CLEARED, payload=large)])
+    assert ring.event_count == 3
+    assert ring.place == {0: Position(9, 9)}
+    ring.append([event(10, kind=EventKind.MESSAGES_CLEARED, payload={"filter": "x" * 200_000})])
+    assert ring.event_count == 0
+    ring.append([event(11)])
+    assert seqs(ring.read(joined(ring, place={0: Position(10, 10)}))[0]) == [11]
 
 
 async def test_whose_time_is_up_stands_at_the_end() -> None:
@@ -178,7 +205,7 @@ async def test_a_reader_that_goes_leaves_nothing_behind() -> None:
         ring.remove(reader)
     assert ring.reader_count == 0
     assert not ring._readers
-    assert not ring._unsettled_sleepers
+    assert not ring._light_sleepers
     assert not ring._keyed
 
 

@@ -194,6 +194,39 @@ async def test_caught_up_is_said_once_and_after_the_backlog(server: Gateway, db:
     stream.call.cancel()
 
 
+async def test_caught_up_does_not_wait_for_the_heartbeat_behind_what_is_for_others(
+    server: Gateway, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "PAGE_EVENTS", 2)
+    monkeypatch.setattr(feed_module, "_POLL_HINTED_S", 60.0)
+    feed = feed_of(server)
+    async with watching(server.stub) as first:
+        begin = first.token
+        await enqueue(db, message())
+        nudge(server)
+        await first.until_events(1)  # from here on the ring stands until it is told
+        await enqueue(db, message(), message(), message())
+        wanted = delivery_pb2.MessageFilter(tags=["never"])
+        late = Stream(
+            server.stub, resume_token=begin, filter=wanted, heartbeat=Duration(seconds=60)
+        )
+        reading = asyncio.create_task(late.until_caught_up())
+        await until(lambda: reading.done() or bool(feed.ring._light_sleepers))
+        nudge(server)
+        await reading
+        late.call.cancel()
+
+
+async def test_a_stream_that_is_cancelled_from_inside_is_told(
+    server: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cancelled(*_: Any) -> Any:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(feed_of(server), "now", cancelled)
+    assert (await Stream(server.stub).refusal()).reason == "INTERNAL"
+
+
 async def test_a_silent_stream_beats(server: Gateway) -> None:
     async with watching(server.stub, heartbeat=A_SECOND) as stream:
         for _ in range(2):

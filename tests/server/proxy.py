@@ -20,6 +20,7 @@ class _Pair:
         self.client = client
         self.server = server
         self.fatal_name = b""  # the prepared statement whose answer is to be lost
+        self.is_silent = False  # it has asked something that was swallowed
         self.is_doomed = False  # that statement is under way
 
 
@@ -28,7 +29,8 @@ class LossyProxy:
 
     `lose_answer_to` names a text of a statement: when it has been carried out, its answer is lost
     and the connection breaks, once. `hang_up` breaks what the client sees and lets the server go on.
-    `close` and `open` take the server away and bring it back.
+    `close` and `open` take the server away and bring it back. While `is_silent` all that comes is
+    swallowed and no connection breaks; one that has met that stays silent.
     """
 
     def __init__(self, url: str) -> None:
@@ -44,11 +46,17 @@ class LossyProxy:
         self._port = 0
         self._fatal: re.Pattern[bytes] | None = None
         self.lost = 0
+        self.is_silent = False
 
     @property
     def url(self) -> str:
         """The database, by way of this proxy."""
         return f"postgresql://{self._login}@127.0.0.1:{self._port}{self._path}?sslmode=disable"
+
+    @property
+    def swallowed(self) -> int:
+        """How many connections have asked something that was swallowed."""
+        return sum(pair.is_silent for pair in self._pairs)
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -100,6 +108,9 @@ class LossyProxy:
     async def _ask(self, reader: asyncio.StreamReader, pair: _Pair) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65536):
+                if self.is_silent or pair.is_silent:
+                    pair.is_silent = True
+                    continue
                 if self._fatal is not None and (found := self._fatal.search(data)):
                     self._fatal, pair.fatal_name = None, b"\0" + found[1] + b"\0"
                 elif pair.fatal_name and data.startswith(b"B") and pair.fatal_name in data[:80]:

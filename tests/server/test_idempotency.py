@@ -16,6 +16,7 @@ import pytest
 from mailgrpc.config import Settings
 from mailgrpc.db import messages as db_messages
 from mailgrpc.db.engine import connect
+from mailgrpc.server import intake as intake_module
 from mailgrpc.server import mail
 from mailgrpc.v1 import delivery_pb2, errors_pb2
 from mailgrpc.v1 import mail_service_pb2 as pb
@@ -445,6 +446,51 @@ async def test_without_postgres_the_answer_is_unavailable_and_soon(
     assert not answer.replayed
 
 
+async def test_a_silent_postgres_is_told_before_the_callers_deadline(
+    proxy: LossyProxy, proxied: Gateway
+) -> None:
+    await proxied.stub.Enqueue(enqueue(request_id="before"))
+    proxy.is_silent = True
+    calls = (
+        proxied.stub.Enqueue(enqueue(request_id="r"), timeout=1.0),
+        proxied.stub.GetStatus(pb.GetStatusRequest(request_id="before"), timeout=1.0),
+        proxied.stub.ListEvents(pb.ListEventsRequest(), timeout=1.0),
+    )
+    for refusal in await asyncio.gather(*map(refusal_of, calls)):
+        assert refusal.code is grpc.StatusCode.UNAVAILABLE
+        assert refusal.reason == "STORE_UNAVAILABLE"
+        assert refusal.retry_s
+    proxy.is_silent = False
+    proxy.hang_up()
+
+
+async def test_a_flush_into_silence_is_given_up_and_asked_again(
+    proxy: LossyProxy, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "FLUSH_TIMEOUT_S", 0.3)
+    async with Gateway(replace(settings, database_url=proxy.url), worker=False) as proxied:
+        await proxied.stub.Enqueue(enqueue(request_id="before"))
+        proxy.is_silent = True
+        call = asyncio.ensure_future(
+            proxied.stub.Enqueue(enqueue(request_id="r"), timeout=PATIENCE_S)
+        )
+        await until(lambda: proxy.swallowed > 0)
+        proxy.is_silent = False  # for other connections
+        answer = await call
+        assert answer.message_id
+        assert not answer.replayed
+        assert await count(proxied, "messages") == 2
+
+
+async def test_a_caller_who_waits_for_events_is_not_told_that_the_store_is_away(
+    server_only: Gateway,
+) -> None:
+    request = pb.ListEventsRequest()
+    request.wait.FromSeconds(60)
+    refusal = await refusal_of(server_only.stub.ListEvents(request, timeout=0.6))
+    assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 async def test_a_full_queue_says_when_to_come_back(settings: Settings, holder: Any) -> None:
     async with Gateway(replace(settings, queue_limit=1), worker=False) as gateway:
         async with holder.transaction():
@@ -461,6 +507,60 @@ async def test_a_full_queue_says_when_to_come_back(settings: Settings, holder: A
         answers = await asyncio.gather(flushing, queued)
         assert all(answer.message_id for answer in answers)
         assert await count(gateway, "messages") == 2
+
+
+async def test_large_calls_count_from_the_moment_they_come(settings: Settings) -> None:
+    large = "x" * intake_module.ALONE_BYTES
+    async with Gateway(replace(settings, queue_limit=1), worker=False) as gateway:
+        answer = await gateway.stub.EnqueueBatch(batch(*[enqueue(text=large)] * 3))
+    reasons = [r.error.reason for r in answer.results]
+    assert reasons == [0, *[errors_pb2.ERROR_REASON_QUEUE_FULL] * 2]
+
+
+@pytest.mark.parametrize("size", [1000, intake_module.ALONE_BYTES])
+async def test_what_waits_is_bounded_in_bytes_too(
+    server_only: Gateway, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(intake_module, "QUEUE_BYTES", 2 * size)
+    requests = [enqueue(text="x" * size)] * 2
+    answer = await server_only.stub.EnqueueBatch(batch(*requests))
+    reasons = [r.error.reason for r in answer.results]
+    assert reasons == [0, errors_pb2.ERROR_REASON_QUEUE_FULL]
+    # What was stored does not wait any more.
+    assert (await server_only.stub.Enqueue(requests[0])).message_id
+    await until(lambda: not server_only.server._intake._tasks)
+    assert server_only.server._intake._bytes == 0
+
+
+async def test_a_request_id_of_a_newer_server_fails_alone_and_may_be_asked_again(
+    server_only: Gateway,
+) -> None:
+    await server_only.stub.Enqueue(enqueue(request_id="newer"))
+    await server_only.database.write("UPDATE request_ids SET rule = 99")
+    requests = [enqueue(request_id="newer"), enqueue(request_id="other")]
+    answer = await server_only.stub.EnqueueBatch(batch(*requests), timeout=PATIENCE_S)
+    newer, other = answer.results
+    assert newer.error.reason == errors_pb2.ERROR_REASON_STORE_UNAVAILABLE
+    assert "newer version" in newer.error.description
+    assert other.response.message_id
+    refusal = await refusal_of(server_only.stub.Enqueue(requests[0], timeout=PATIENCE_S))
+    assert refusal.code is grpc.StatusCode.UNAVAILABLE
+    assert refusal.retry_s
+
+
+async def test_an_answer_that_cannot_be_made_fails_alone(
+    server_only: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server_only.stub.Enqueue(enqueue(request_id="known"))
+
+    def broken(*_: Any) -> bool:
+        raise RuntimeError
+
+    monkeypatch.setattr(intake_module, "is_same_request", broken)
+    requests = [enqueue(request_id="known"), enqueue(request_id="other")]
+    answer = await server_only.stub.EnqueueBatch(batch(*requests), timeout=PATIENCE_S)
+    assert answer.results[0].error.reason == errors_pb2.ERROR_REASON_INTERNAL
+    assert answer.results[1].response.message_id
 
 
 async def test_who_gives_up_before_the_flush_is_not_stored(

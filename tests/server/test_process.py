@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -14,9 +16,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from mailgrpc.config import Settings, parse_host_port
 from mailgrpc.db.engine import Database
+from mailgrpc.db.workers import SessionRow, open_session
 from mailgrpc.errors import SchemaError, SettingsError
-from mailgrpc.server.app import WORKERS, MailServer
-from tests.gateway import Gateway
+from mailgrpc.server import app
+from mailgrpc.server.app import WORKERS, MailServer, Witness
+from tests.gateway import PATIENCE_S, Gateway, enqueue, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -94,6 +98,58 @@ async def test_health_is_told_from_the_first_call_on(server_only: Gateway) -> No
 async def test_health_tells_that_a_worker_lives(gateway: Gateway) -> None:
     async with Gateway(gateway.settings, worker=False) as second:
         assert await health(second, WORKERS) == SERVING
+
+
+async def test_health_tells_that_the_last_worker_died_without_a_word(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_HEALTH_EVERY_S", 0.02)
+    await open_session(db, "killed", ["default"])
+    async with Gateway(replace(settings, lease_s=0.3), worker=False) as gateway:
+        assert await health(gateway, WORKERS) == SERVING
+        async with asyncio.timeout(PATIENCE_S):
+            while await health(gateway, WORKERS) == SERVING:
+                await asyncio.sleep(0.01)
+        assert await health(gateway, "") == SERVING
+
+
+def test_a_session_lives_as_long_as_its_beat_moves() -> None:
+    def session(number: int, beat: int, *, ended: bool = False) -> SessionRow:
+        now = datetime(2026, 1, 1, tzinfo=UTC)
+        return SessionRow(number, "", (), now, beat, now, now if ended else None)
+
+    witness = Witness(10.0)
+    assert not witness.any_lives([], 0.0)
+    assert witness.any_lives([session(1, 5)], 100.0)
+    assert witness.any_lives([session(1, 5)], 109.0)
+    assert not witness.any_lives([session(1, 5)], 110.0)
+    assert not witness.any_lives([session(1, 5)], 120.0)
+    assert witness.any_lives([session(1, 6)], 121.0)
+    assert witness.any_lives([session(1, 6), session(2, 0)], 131.0)
+    assert not witness.any_lives([session(1, 6), session(2, 1, ended=True)], 132.0)
+    witness.forget()  # the store was away, and the beats with it
+    assert witness.any_lives([session(1, 6)], 200.0)
+
+
+async def test_stop_takes_no_longer_than_its_grace(
+    server_only: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake = server_only.server._intake
+    for_ever = asyncio.Event()
+
+    async def stuck(*_: object) -> None:
+        await for_ever.wait()
+
+    monkeypatch.setattr(intake, "_flush", stuck)
+    call = asyncio.ensure_future(server_only.stub.Enqueue(enqueue()))
+    await until(lambda: intake._flusher is not None)
+    clock = asyncio.get_running_loop().time
+    begun_at = clock()
+    await server_only.server.stop(1.0)
+    assert clock() - begun_at < 1.7
+    for_ever.set()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
 
 
 async def test_a_second_server_on_a_taken_port_fails_clearly(server_only: Gateway) -> None:

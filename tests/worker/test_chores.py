@@ -7,6 +7,7 @@ import uuid
 from mailgrpc.core.delivery import State
 from mailgrpc.db.engine import Database
 from mailgrpc.db.workers import end_session, mark_reaped, open_session
+from mailgrpc.worker.expiry import Expiry
 from mailgrpc.worker.sweep import Reaper, Sweeper
 from tests.worker.rig import Clock, Store
 
@@ -15,7 +16,7 @@ WEEK_S = 7 * 86400.0
 
 def _sweeper(db: Database) -> Sweeper:
     reaper = Reaper(db, lane=0, lease_s=30, clock=Clock())
-    return Sweeper(db, reaper, lambda: None, event_retention_s=WEEK_S)
+    return Sweeper(db, reaper, Expiry(db, lane=0), lambda: None, event_retention_s=WEEK_S)
 
 
 async def _request(db: Database, name: str, message: uuid.UUID, age: str) -> None:

@@ -9,10 +9,11 @@ from collections import Counter
 import pytest
 
 from mailgrpc.core.delivery import Mode, Outcome, State
+from mailgrpc.core.ids import delivery_id
 from mailgrpc.core.message import Priority
-from mailgrpc.db.deliveries import claim_due
+from mailgrpc.db.deliveries import claim_due, release_claims
 from mailgrpc.db.engine import Database
-from mailgrpc.db.workers import open_session
+from mailgrpc.db.workers import end_session, open_session
 from mailgrpc.providers.capture import CaptureProvider
 from tests.gateway import until
 from tests.worker.rig import Clock, Gate, LossyDatabase, Part, Store
@@ -205,3 +206,34 @@ async def test_many_results_are_recorded_in_one_round_trip(
         await part.recorded()
     assert await store.value("SELECT count(*) FROM deliveries WHERE state = 4") == 60
     assert lossy.count("record_outcomes") <= 3
+
+
+async def test_a_claim_whose_delivery_was_cleared_is_dropped(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    cleared, kept = await store.put_many([["a@example.com"], ["b@example.com"]])
+    for table, column in (("messages", "id"), ("deliveries", "message_of(id)")):
+        await db.write(f"DELETE FROM {table} WHERE {column} = $1", cleared)
+    async with Part(db, clock) as part:
+        await part.work()
+        assert part.outbox == ["b@example.com"]
+    assert await store.due_rows() == 0
+    assert await store.state(kept) is State.SENT
+
+
+async def test_a_session_is_over_although_a_delivery_it_had_claimed_was_cleared(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    message = await store.put()
+    session = await open_session(db, "dies", [])
+    await claim_due(db, session, "default", 10, 0)
+    await db.write("DELETE FROM deliveries WHERE message_of(id) = $1", message)
+    await release_claims(db, session, [delivery_id(message, 1)])
+    assert await store.value("SELECT session_id FROM due") is None
+
+    await claim_due(db, session, "default", 10, 0)
+    await end_session(db, session)
+    async with Part(db, clock) as part:
+        await part.reaper.reap()
+    assert await store.value("SELECT session_id FROM due") is None
+    assert await store.value("SELECT reaped_at FROM workers WHERE id = $1", session) is not None

@@ -139,6 +139,23 @@ async def test_a_ring_for_later_is_one_job_a_second_and_none_for_what_is_far(
     await redis.aclose()
 
 
+async def test_no_more_jobs_are_sent_while_nobody_takes_them(
+    own_valkey: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mailgrpc.doorbell._JOB_EVERY_S", 0.0)
+    bell, redis = Doorbell(own_valkey.url), Redis.from_url(own_valkey.url)
+    later = datetime.now(UTC) + timedelta(minutes=2)
+    for second in range(30):  # these nobody can take yet
+        bell.ring_at(later + timedelta(seconds=second))
+    for _ in range(40):
+        bell.ring()
+        await until(lambda: bell._task is None or bell._task.done())
+    await bell.close()
+    assert await redis.zcount(QUEUE, "-inf", time.time() * 1000) == 17
+    assert await redis.zcard(QUEUE) == 47
+    await redis.aclose()
+
+
 async def test_what_lies_in_redis_is_no_pickle(own_valkey: EmbeddedValkey) -> None:
     bell = Doorbell(own_valkey.url)
     bell.ring()

@@ -211,6 +211,91 @@ async def test_a_result_with_words_that_the_store_refuses_is_recorded_without_th
     assert await store.state(first) is await store.state(second) is State.SENT
 
 
+def _refuse(*_: object) -> None:
+    raise RuntimeError("a fault of ours")
+
+
+async def test_what_was_started_has_a_result_when_its_policy_cannot_be_read(
+    db: Database, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RetryWishes, "policy", _refuse)
+    message = await store.put()
+    async with Part(db, clock, Scripted(Result(Outcome.DEFERRED, Cause.MAILBOX_FULL))) as part:
+        await part.work()
+    delivery = await store.delivery(message)
+    assert delivery.state is State.DEFERRED  # what is known stays known
+    assert delivery.last_result is not None
+    assert delivery.last_result.cause is Cause.MAILBOX_FULL
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_what_was_started_is_in_doubt_when_nobody_knows_what_its_result_means(
+    db: Database, store: Store, clock: Clock, mode: Mode
+) -> None:
+    message = await store.put("a@b.com", "c@d.com", mode=mode)
+    odd = Result(Outcome.DEFERRED, retry_after="soon")  # type: ignore[arg-type]
+    async with Part(db, clock, Scripted(*[odd] * 2)) as part:
+        await part.work()
+    for number in (1, 2):
+        delivery = await store.delivery(message, number)
+        assert delivery.possibly_sent
+        assert delivery.last_result is not None
+        assert delivery.last_result.outcome is Outcome.UNKNOWN
+        assert delivery.last_result.cause is Cause.INTERNAL
+        retrying = mode is Mode.RETRYING
+        assert delivery.state is (State.DEFERRED if retrying else State.OUTCOME_UNKNOWN)
+
+
+_GUARD = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    RAISE EXCEPTION 'refused' USING ERRCODE = '23514'; END $$"""
+
+
+async def test_a_result_that_the_store_goes_on_refusing_is_kept_until_it_is_taken(
+    db: Database, store: Store, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused, fine = await store.put_many([["a@b.com"], ["c@d.com"]])
+    await db.write(_GUARD)
+    await db.write(
+        "CREATE TRIGGER refuse BEFORE INSERT ON attempts FOR EACH ROW"
+        f" WHEN (message_of(NEW.delivery_id) = '{refused}') EXECUTE FUNCTION refuse()"
+    )
+    try:
+        async with Part(db, clock) as part:
+            await part.work()  # it waits for no result that is refused
+            assert await store.state(fine) is State.SENT
+            assert await store.state(refused) is State.SENDING
+            assert len(part.recorder) == 1
+            await until(lambda: "results are refused and kept" in caplog.text)
+            await db.write("DROP TRIGGER refuse ON attempts")
+            await until(lambda: len(part.recorder) == 0)
+        assert await store.state(refused) is State.SENT
+        assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) < 10
+    finally:
+        await db.write("DROP TRIGGER IF EXISTS refuse ON attempts")
+        await db.write("DROP FUNCTION refuse")
+
+
+async def test_a_result_that_is_still_refused_at_the_end_is_told_and_left_to_the_reaper(
+    db: Database, store: Store, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    await db.write(_GUARD)
+    await db.write(
+        "CREATE TRIGGER refuse BEFORE INSERT ON attempts FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    try:
+        async with Part(db, clock) as part:
+            await part.work()
+        assert "1 results are left unrecorded" in caplog.text
+    finally:
+        await db.write("DROP TRIGGER refuse ON attempts")
+        await db.write("DROP FUNCTION refuse")
+    async with Part(db, clock) as other:
+        await other.reaper.reap()
+    assert await store.state(message) is State.OUTCOME_UNKNOWN
+
+
 async def _workers_died_with_it(db: Database, times: int) -> None:
     for _ in range(times):
         session = await open_session(db, "dies", [])
