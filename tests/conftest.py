@@ -30,12 +30,15 @@ _numbers = itertools.count(1)
 class Cluster:
     """A PostgreSQL server on which databases are made and dropped."""
 
-    def __init__(self, url_of: Callable[[str], str]) -> None:
+    def __init__(self, url_of: Callable[[str], str], superuser_url: str) -> None:
         self.url_of = url_of
+        self._superuser_url = superuser_url
 
-    def run(self, sql: str) -> None:
+    def run(self, sql: str, *, as_superuser: bool = False) -> None:
+        url = self._superuser_url if as_superuser else self.url_of("postgres")
+
         async def main() -> None:
-            connection = await asyncpg.connect(self.url_of("postgres"))
+            connection = await asyncpg.connect(url)
             try:
                 await connection.execute(sql)
             finally:
@@ -49,10 +52,11 @@ def cluster() -> Iterator[Cluster]:
     """The server, with the migrated template."""
     if given := os.environ.get("MAILGRPC_TEST_DATABASE_URL"):
         base = given.rpartition("/")[0]
-        yield _with_template(Cluster(lambda name: f"{base}/{name}"))
+        yield _with_template(Cluster(lambda name: f"{base}/{name}", given))
         return
     with EmbeddedPostgres(durable=False) as postgres:
-        yield _with_template(Cluster(postgres.url_of))
+        superuser_url = postgres.url_of("postgres", user="postgres")
+        yield _with_template(Cluster(postgres.url_of, superuser_url))
 
 
 def _with_template(cluster: Cluster) -> Cluster:
@@ -78,7 +82,8 @@ def _made(cluster: Cluster, template: str) -> Iterator[str]:
     name = f"mailgrpc_test_{os.getpid()}_{next(_numbers)}"
     cluster.run(f"CREATE DATABASE {name} TEMPLATE {template}")
     yield cluster.url_of(name)
-    cluster.run(f"DROP DATABASE {name} WITH (FORCE)")
+    # Autovacuum may be at work in it, and only a superuser may end that.
+    cluster.run(f"DROP DATABASE {name} WITH (FORCE)", as_superuser=True)
 
 
 @pytest.fixture(scope="session")
