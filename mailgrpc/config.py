@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from mailgrpc.core.message import DEFAULT_CHANNEL
 from mailgrpc.errors import SettingsError
@@ -44,7 +43,7 @@ class HostPort:
 def parse_host_port(text: str) -> HostPort:
     """`127.0.0.1:50051`, `[::1]:50051` or `:50051` (all interfaces)."""
     host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
+    if not separator or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError("expected HOST:PORT, e.g. 127.0.0.1:50051")
     return HostPort(host.strip("[]") or "0.0.0.0", int(port))  # noqa: S104  the caller's own wish
 
@@ -245,15 +244,13 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
 
 
 def hide_password(url: str) -> str:
-    """The URL with its password replaced, fit for a log."""
-    url = re.sub(r"(?<=[?&]password=)[^&]*", "****", url)
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    credentials, _, host = parts.netloc.rpartition("@")
-    user, separator, _password = credentials.partition(":")
-    shown = f"{user}:****" if separator else user
-    return urlunsplit(parts._replace(netloc=f"{shown}@{host}"))
+    """The URL with its password replaced, fit for a log.
+
+    Up to the last `@`, whatever stands in between: a password that should have been encoded
+    (`/`, `#`, `?`) must not show because of that.
+    """
+    url = re.sub(r"(?i)(?<=[?&])((?:ssl)?password=)[^&]*", r"\1****", url)
+    return re.sub(r"(?s)(?<=://)([^:/?#@]*):.*@", r"\1:****@", url)
 
 
 def _settings_path(environ: Mapping[str, str]) -> Path | None:

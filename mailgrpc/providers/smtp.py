@@ -42,6 +42,7 @@ The URL
 from __future__ import annotations
 
 import asyncio
+import re
 
 from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.message import MailMessage
@@ -186,7 +187,8 @@ async def _transact(
 def _refusals(wire: SmtpWire, call: SendCall, size: int) -> list[Result | None]:
     """What this server's EHLO rules out, for each addressee."""
     limit = wire.extensions.get("size", "")
-    if limit.isdigit() and 0 < int(limit) < size:  # 0: no limit (RFC 1870, 4)
+    # At most 20 digits (RFC 1870, 3), and 0 is no limit (4); anything else is taken for none.
+    if re.fullmatch(r"[0-9]{1,20}", limit) and 0 < int(limit) < size:
         text = f"the mail has {size} bytes, the server takes {limit}"
         return [Result(Outcome.REJECTED, Cause.TOO_LARGE, text=text)] * len(call.addressees)
     if "smtputf8" in wire.extensions:

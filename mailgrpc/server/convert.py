@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
@@ -67,28 +68,34 @@ def submission(request: mail_service_pb2.EnqueueRequest) -> Submission:
 _NO_OPTIONS = DeliveryOptions()
 
 
+# More of a list than its limit (100 at the most) is refused by its length: what lies behind is not
+# worth an object each, millions of which fit into a request.
+_LOOKED_AT = 101
+
+
 def _message(m: message_pb2.MailMessage) -> MailMessage:
     return MailMessage(
         sender=_mailbox(m.sender) if m.HasField("sender") else None,
         recipients=(
-            *(Recipient(r.address, r.name, Role.TO) for r in m.to),
-            *(Recipient(r.address, r.name, Role.CC) for r in m.cc),
-            *(Recipient(r.address, r.name, Role.BCC) for r in m.bcc),
+            *(Recipient(r.address, r.name, Role.TO) for r in m.to[:_LOOKED_AT]),
+            *(Recipient(r.address, r.name, Role.CC) for r in m.cc[:_LOOKED_AT]),
+            *(Recipient(r.address, r.name, Role.BCC) for r in m.bcc[:_LOOKED_AT]),
         ),
         subject=m.subject,
         text=m.text,
         html=m.html,
-        reply_to=tuple(_mailbox(r) for r in m.reply_to) if m.reply_to else (),
-        headers=tuple(Header(h.name, h.value) for h in m.headers) if m.headers else (),
+        reply_to=tuple(_mailbox(r) for r in m.reply_to[:_LOOKED_AT]) if m.reply_to else (),
+        headers=tuple(Header(h.name, h.value) for h in m.headers[:_LOOKED_AT]) if m.headers else (),
         attachments=tuple(
-            Attachment(a.filename, a.data, a.content_type, a.content_id) for a in m.attachments
+            Attachment(a.filename, a.data, a.content_type, a.content_id)
+            for a in m.attachments[:_LOOKED_AT]
         )
         if m.attachments
         else (),
-        tags=tuple(m.tags),
-        categories=tuple(m.categories),
+        tags=tuple(m.tags[:_LOOKED_AT]),
+        categories=tuple(m.categories[:_LOOKED_AT]),
         flags=m.flags,
-        custom_args=dict(m.custom_args),
+        custom_args=dict(islice(m.custom_args.items(), _LOOKED_AT)),
         correlation_id=m.correlation_id,
     )
 

@@ -12,13 +12,12 @@ from mailgrpc.server import convert
 from mailgrpc.v1 import delivery_pb2
 
 MAX_VALUES = 1000
-_MAX_TAGS = 1000
 
 
 def checked_filter(asked: delivery_pb2.MessageFilter) -> Filter:
     """The filter with its addresses normalised. Raises InvalidRequest."""
     violations: list[Violation] = []
-    for name in ("message_ids", "correlation_ids", "recipients", "tags"):
+    for name in ("message_ids", "correlation_ids", "recipients", "tags", "states"):
         values = getattr(asked, name)
         if len(values) > MAX_VALUES:
             text = f"at most {MAX_VALUES} values"
