@@ -186,6 +186,9 @@ async def test_arqs_own_worker_delivers(worker_settings: Any, redis_url: str, st
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+        # A job that was cancelled with it would cancel arq's own closing, and us.
+        await asyncio.gather(*arq.tasks.values(), return_exceptions=True)
+        arq.tasks.clear()
         await arq.close()
     assert await store.value("SELECT count(*) FROM workers WHERE reaped_at IS NULL") == 0
 
