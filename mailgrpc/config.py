@@ -154,6 +154,8 @@ class Settings:
     # log for all, for people.
     ready_fd: int | None = _setting(None, _parse_count, "")
     under_up: bool = _setting(False, lambda text: text == "1", "")
+    # Set by the fault suite: see failpoints.py.
+    failpoints: str = _setting("", str, "")
 
     test_database_url: str | None = _setting(
         None,

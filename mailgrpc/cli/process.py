@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import click
 import uvloop
 
+from mailgrpc import failpoints
 from mailgrpc.config import Settings, load_settings
 from mailgrpc.errors import MailgrpcError
 from mailgrpc.telemetry import start_logging
@@ -26,6 +27,8 @@ def load(**flags: str | None) -> Settings:
         click.echo(f"mailgrpc: {error}", err=True)
         sys.exit(2)
     start_logging(settings.log_format, settings.log_level, for_people=settings.under_up)
+    with told():
+        failpoints.arm(settings.failpoints)
     for warning in warnings:
         click.echo(f"mailgrpc: warning: {warning}", err=True)
     return settings

@@ -183,6 +183,7 @@ class Result:
     text: str = ""  # at most 1,024 bytes, no control characters: see result_text
     provider_message_id: str = ""
     retry_after: timedelta | None = None
+    of_channel: bool = False  # DEFERRED, and says nothing about this mail: the channel as a whole
 
 
 @dataclass(frozen=True, slots=True)

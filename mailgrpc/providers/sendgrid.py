@@ -47,6 +47,7 @@ from typing import Any
 
 import httpx
 
+from mailgrpc import failpoints
 from mailgrpc.core.delivery import Cause, Outcome, Result, result_text
 from mailgrpc.core.message import MailMessage
 from mailgrpc.errors import Violation
@@ -181,6 +182,7 @@ class SendGridProvider:
     async def _answer(self, request: httpx.Request) -> Answer:
         """The answer, as soon as its status is known: a body that breaks off changes nothing."""
         response = await self._client.send(request, stream=True)
+        failpoints.reach("http.answered")
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_S):
@@ -232,7 +234,10 @@ class _Gate:
         if event == "http11.send_request_headers.started":
             if not self._last_look():
                 raise _LookedAway
+            failpoints.reach("http.request")
             self.has_begun = True
+        elif event == "http11.send_request_body.complete":
+            failpoints.reach("http.requested")
 
 
 def _failure(error: Exception, has_begun: bool) -> Result:

@@ -29,6 +29,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mailgrpc import failpoints
 from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.providers.provider import worker_lost
 from mailgrpc.providers.smtp_replies import Reply, Stage, result_of
@@ -179,6 +180,7 @@ async def _send_content(
     wire: SmtpWire, content: bytes, last_look: Callable[[], bool], deadline: float
 ) -> Result:
     """The content, the look, the dot, the answer. Raises _Ended and WireBroken before the dot."""
+    failpoints.reach("smtp.content")
     stuffed = _dot_stuffed(content)
     wire.write(b"", replies=1)  # from here on the server may refuse at any time
     if len(stuffed) > _WHOLE:
@@ -193,11 +195,14 @@ async def _send_content(
         wire.abort()  # ends the mail without the dot, which is the only way to take it back
         raise _Ended(worker_lost())
 
+    failpoints.reach("smtp.dot")
     wire.write(stuffed + b".\r\n", replies=0)
+    failpoints.reach("smtp.dotted")
     try:
         reply = await wire.reply(deadline)
     except WireBroken as broken:
         return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)
+    failpoints.reach("smtp.answered")
     if reply.code == 421 or not 200 <= reply.code < 600:
         wire.abort()
     return result_of(reply, Stage.CONTENT)

@@ -31,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
+from mailgrpc import failpoints
 from mailgrpc.core.event import EVERYTHING, NO_LABELS, Event, Filter, Labels
 from mailgrpc.core.place import Place, Position, advance
 from mailgrpc.db.engine import Database
@@ -173,6 +174,7 @@ class Feed:
         """Read a page into the ring; whether there may be another."""
         try:
             events = await read_events(self._database, self.ring.place, PAGE_EVENTS)
+            failpoints.reach("feed.read")
         except TokenExpired:
             log.error("the database has another history; all streams are told to begin anew")
             self.ring.begin_anew(await read_place(self._database))

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
+from mailgrpc import failpoints
 from mailgrpc.core.fingerprint import fingerprint
 from mailgrpc.core.message import Submission
 from mailgrpc.db.engine import AmbiguousCommit, Database
@@ -191,6 +192,7 @@ class Intake:
         self._doorbell.ring()
         self._doorbell.hint_feed()
         self._feed.wake()
+        failpoints.reach("intake.rung")
         for waiting in batch:
             try:
                 _answer(waiting, inserted, known)
@@ -200,7 +202,9 @@ class Intake:
     async def _insert(self, new: Sequence[NewMessage]) -> Inserted:
         for attempt in range(_AMBIGUOUS_TRIES):
             try:
+                failpoints.reach("intake.insert")
                 inserted = await insert_messages(self._database, self._lane, new)
+                failpoints.reach("intake.inserted")
                 if attempt == 0:
                     return inserted
                 # The run in doubt may have made the rows, and told nobody what it did not queue.

@@ -22,6 +22,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from mailgrpc import failpoints
 from mailgrpc.core.event import EventKind, Filter, MessageStatus
 from mailgrpc.core.place import Place, advance, covers, decode_token, encode_token
 from mailgrpc.db.engine import Database
@@ -153,6 +154,7 @@ class Watch:
                 async for response in responses:
                     response.server_time.CopyFrom(convert.timestamp(datetime.now(UTC)))
                     yield response
+                    failpoints.reach("watch.responded")
                     pulse.beat()
         finally:
             self._streams -= 1
