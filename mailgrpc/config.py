@@ -114,7 +114,12 @@ class Settings:
         dict, _parse_categories, "names of flag bits, e.g. receipts=1,newsletter=2"
     )
     data_dir: Path = _setting(
-        lambda: Path(".mailgrpc"), Path, "where `mailgrpc up` keeps its data, and work its journal"
+        lambda: Path(".mailgrpc"),
+        Path,
+        "where `mailgrpc up` keeps its data, and a worker its journal",
+    )
+    journal_dir: Path | None = _setting(
+        None, Path, "where a worker keeps results that PostgreSQL lacks; default DATA_DIR/journal"
     )
     log_format: str = _setting("auto", _choice("auto", "text", "json"), "auto, text or json")
     log_level: str = _setting(

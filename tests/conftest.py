@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -100,12 +101,13 @@ def redis_url(valkey: EmbeddedValkey) -> str:
 
 
 @pytest.fixture
-def settings(database_url: str, redis_url: str) -> Settings:
+def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
     """Settings of a gateway on free ports, with a capture channel and two categories."""
     return Settings(
         listen=HostPort("127.0.0.1", 0),
         database_url=database_url,
         redis_url=redis_url,
+        data_dir=tmp_path,
         categories={"receipts": 1, "newsletter": 2},
         channels={"default": "capture:", "bulk": "capture:"},
         lease_s=5.0,

@@ -14,6 +14,11 @@ The rule behind it. An attempt that ended without proof is never counted as not 
     UNKNOWN            DEFERRED and possibly sent      OUTCOME_UNKNOWN, never tried by itself
 
 Attempts used up end in FAILED only where no attempt may have been sent, else in OUTCOME_UNKNOWN.
+
+Two kinds of DEFERRED say nothing about the mail and use no attempt up, not even a forced one: the
+channel failed as a whole (`Result.of_channel`), or the worker's lease ran out before the mail left.
+The attempt is `spared`: it was made and is shown, and does not count against the policy. What is
+only ever spared waits until its expiry.
 """
 
 from __future__ import annotations
@@ -147,9 +152,9 @@ WITHOUT_PROOF = frozenset(
 LATE_PROOF: Mapping[Outcome, State] = {
     Outcome.ACCEPTED: State.SENT,
     Outcome.REJECTED: State.FAILED,
+    Outcome.DEFERRED: State.FAILED,  # OUTCOME_UNKNOWN alone: what waits is tried again anyway
 }
-"""Where a late result takes a delivery that rests on no proof; the other outcomes prove nothing
-that its state does not say already."""
+"""Where a late result takes a delivery that rests on no proof; UNKNOWN proves nothing."""
 
 AGGREGATE_ORDER = (
     State.SENDING,
@@ -166,6 +171,9 @@ AGGREGATE_ORDER = (
     State.DELIVERED,
 )
 """A message's state is the first of these that one of its deliveries has."""
+
+LEASE_LOST_WAIT = timedelta(seconds=1)
+"""Until a delivery is due again whose worker lost its lease before the mail left."""
 
 LONGEST_WAIT = timedelta(days=60)
 """A provider is not obeyed further: no expiry lies further ahead, and a Retry-After of millennia
@@ -199,6 +207,7 @@ class Delivery:
     mode: Mode
     flags: int = 0  # of its message, categories included
     attempt_count: int = 0
+    spared: int = 0  # attempts of these that do not count against the policy
     due_at: datetime | None = None
     wait_reason: WaitReason = WaitReason.UNSPECIFIED
     expire_at: datetime | None = None  # None: never, after a Resend lifted it
@@ -217,12 +226,20 @@ class Step:
     possibly_sent: bool
     due_at: datetime | None = None
     wait_reason: WaitReason = WaitReason.UNSPECIFIED
+    spares: bool = False  # the attempt does not count against the policy
 
 
 def next_step(
-    delivery: Delivery, result: Result, now: datetime, policy: RetryPolicy, rng: Random
+    delivery: Delivery,
+    result: Result,
+    now: datetime,
+    policy: RetryPolicy,
+    rng: Random,
+    pause: timedelta = timedelta(seconds=10),
 ) -> Step:
     """What the result of the attempt that is running means for its delivery (in SENDING).
+
+    `pause` is how long its channel is not asked, where the result is the channel's.
 
     A wait never reaches past `expire_at`: the delivery is due then at the latest, and its start
     finds it expired. Where no start comes, because no worker serves its channel or too much waits
@@ -233,35 +250,58 @@ def next_step(
         return Step(State.SENT, possibly_sent)
     if result.outcome is Outcome.REJECTED:
         return Step(State.FAILED, possibly_sent)
+    if (wait := _spared_wait(result, pause)) is not None:
+        due_at = _not_past_expiry(delivery, now + wait)
+        reason = WaitReason.CHANNEL_PAUSED if result.of_channel else WaitReason.BACKOFF
+        return Step(State.DEFERRED, possibly_sent, due_at, reason, spares=True)
     once = delivery.forced or delivery.mode is Mode.SEND_ONCE
     if result.outcome is Outcome.UNKNOWN and once:
         return Step(State.OUTCOME_UNKNOWN, possibly_sent)
-    if delivery.forced or delivery.attempt_count >= policy.max_attempts:
+    used = delivery.attempt_count - delivery.spared
+    if delivery.forced or used >= policy.max_attempts:
         return Step(State.OUTCOME_UNKNOWN if possibly_sent else State.FAILED, possibly_sent)
 
-    wait = backoff(delivery.attempt_count, policy, rng)
+    wait = backoff(used, policy, rng)
     reason = WaitReason.BACKOFF
     if result.retry_after is not None and result.retry_after > wait:
         wait = min(result.retry_after, LONGEST_WAIT)
         reason = WaitReason.RATE_LIMITED
-    due_at = now + wait
-    if delivery.expire_at is not None:
-        due_at = min(due_at, delivery.expire_at)
-    return Step(State.DEFERRED, possibly_sent, due_at, reason)
+    return Step(State.DEFERRED, possibly_sent, _not_past_expiry(delivery, now + wait), reason)
 
 
-def late_step(delivery: Delivery, result: Result) -> Step | None:
+def _spared_wait(result: Result, pause: timedelta) -> timedelta | None:
+    """How long a delivery waits whose attempt says nothing about it; None where it says some."""
+    if result.outcome is not Outcome.DEFERRED:
+        return None
+    if result.of_channel:
+        return min(max(pause, result.retry_after or pause), LONGEST_WAIT)
+    return LEASE_LOST_WAIT if result.cause is Cause.WORKER_LOST else None
+
+
+def _not_past_expiry(delivery: Delivery, due_at: datetime) -> datetime:
+    return due_at if delivery.expire_at is None else min(due_at, delivery.expire_at)
+
+
+def late_step(delivery: Delivery, result: Result, *, others_in_doubt: bool) -> Step | None:
     """What a result that came late means; None where it changes nothing but its attempt.
 
     For an attempt that is the last one started, of a delivery that is no longer SENDING. Only
-    proof moves it, and only where the state rests on none: a pending retry is then dropped. The
-    database carries this out as it stores the result (`record_outcomes`); the two are tested
-    against each other.
+    proof moves it, and only where the state rests on none: a pending retry is then dropped. Proof
+    that it was not sent takes the mark `possibly_sent` away, unless `others_in_doubt`: another
+    attempt ended UNKNOWN. That it could have been tried again does not bring an ended delivery
+    back to life: its caller was told that this never happens by itself. The database carries this
+    out as it stores the result (`record_outcomes`); the two are tested against each other.
     """
     state = LATE_PROOF.get(result.outcome)
     if state is None or delivery.state not in WITHOUT_PROOF:
         return None
-    return Step(state, delivery.possibly_sent)
+    if result.outcome is Outcome.ACCEPTED:
+        return Step(state, delivery.possibly_sent)
+    if result.outcome is Outcome.DEFERRED and (
+        delivery.state is not State.OUTCOME_UNKNOWN or others_in_doubt
+    ):
+        return None
+    return Step(state, others_in_doubt)
 
 
 def aggregate(states: set[State]) -> State:
@@ -298,10 +338,10 @@ def resend_refusal(delivery: Delivery, *, accept_duplicate_risk: bool) -> Reason
 def resend_step(delivery: Delivery, now: datetime) -> tuple[Step, bool, datetime | None]:
     """What Resend makes of a delivery that it may: (step, forced, expire_at).
 
-    A DEFERRED one is due now and its policy goes on; an ended one gets a single attempt, and its
-    expiry, which may have passed, no longer binds it.
+    A DEFERRED one is due now and its policy goes on, or its single attempt if that was spared; an
+    ended one gets a single attempt, and its expiry, which may have passed, no longer binds it.
     """
     step = Step(State.QUEUED, delivery.possibly_sent, now, WaitReason.DUE)
     if delivery.state is State.DEFERRED:
-        return step, False, delivery.expire_at
+        return step, delivery.forced, delivery.expire_at
     return step, True, None

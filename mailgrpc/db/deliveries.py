@@ -145,11 +145,34 @@ def started_of(row: Any) -> Started:
 class Recorded:
     """The end of one attempt: what came back, and the step that it means."""
 
-    started: Started
+    delivery_id: uuid.UUID
+    attempt_id: uuid.UUID
+    number: int  # of the attempt, from 1
+    call_id: uuid.UUID
+    channel: str
+    started_at: datetime
     provider: str
     ended_at: datetime
     result: Result
     step: Step
+
+    @classmethod
+    def of(
+        cls, started: Started, provider: str, ended_at: datetime, result: Result, step: Step
+    ) -> Recorded:
+        """The end of an attempt that was started here."""
+        return cls(
+            started.delivery.delivery_id,
+            started.attempt_id,
+            started.delivery.attempt_count,
+            started.call_id,
+            started.channel,
+            started.started_at,
+            provider,
+            ended_at,
+            result,
+            step,
+        )
 
 
 async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded]) -> None:
@@ -158,18 +181,17 @@ async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded])
     Running it again after AmbiguousCommit is harmless: what an attempt knows already moves nothing.
     """
     results = [r.result for r in recorded]
-    deliveries = [r.started.delivery for r in recorded]
     await db.write(
         "SELECT record_outcomes($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,"
-        "$17,$18,$19,$20,$21,$22)",
+        "$17,$18,$19,$20,$21,$22,$23)",
         lane,
-        [d.delivery_id for d in deliveries],
-        [r.started.attempt_id for r in recorded],
-        [d.attempt_count for d in deliveries],
-        [r.started.call_id for r in recorded],
-        [r.started.channel for r in recorded],
+        [r.delivery_id for r in recorded],
+        [r.attempt_id for r in recorded],
+        [r.number for r in recorded],
+        [r.call_id for r in recorded],
+        [r.channel for r in recorded],
         [r.provider for r in recorded],
-        [r.started.started_at for r in recorded],
+        [r.started_at for r in recorded],
         [r.ended_at for r in recorded],
         [r.outcome for r in results],
         [r.cause for r in results],
@@ -182,6 +204,7 @@ async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded])
         [r.step.possibly_sent for r in recorded],
         [r.step.due_at for r in recorded],
         [r.step.wait_reason for r in recorded],
+        [r.step.spares for r in recorded],
         [LATE_PROOF.get(r.outcome) for r in results],
         list(WITHOUT_PROOF),
     )

@@ -43,6 +43,7 @@ def delivery_of(row: Row, result: Result | None = None) -> Delivery:
         mode=Mode(row["mode"]),
         flags=row["flags"],
         attempt_count=row["attempt_count"],
+        spared=row["spared"],
         due_at=row["due_at"],
         wait_reason=WaitReason(row["wait_reason"]),
         expire_at=row["expire_at"],

@@ -59,6 +59,7 @@ deliveries = sa.Table(
     _column("attempt_id", UUID(), null=True),
     _column("call_id", UUID(), null=True),
     _column("attempt_started_at", _TIME, null=True),
+    _column("spared", sa.Integer),
 )
 
 workers = sa.Table(
@@ -72,4 +73,7 @@ workers = sa.Table(
     _column("beat_at", _TIME),
     _column("ended_at", _TIME, null=True),
     _column("reaped_at", _TIME, null=True),
+    _column("lease_s", sa.Float),
+    _column("held", sa.Text),
+    _column("paused", ARRAY(sa.Text)),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,33 +22,48 @@ class SessionRow:
     beat: int
     beat_at: datetime
     ended_at: datetime | None
+    lease_s: float
+    held: str  # why it starts nothing; empty: it does
+    paused: tuple[str, ...]  # channels that failed as a whole
 
 
-async def open_session(db: Database, name: str, channels: Sequence[str]) -> int:
-    """A new session. Raises StoreUnavailable."""
-    [row] = await db.write(
-        "INSERT INTO workers (name, channels) VALUES ($1, $2) RETURNING id", name, list(channels)
+async def open_session(
+    db: Database, name: str, channels: Sequence[str], lease_s: float = 30.0
+) -> int:
+    """A new session. Raises StoreUnavailable.
+
+    Its id is drawn at random: a sequence that went back in a fail-over to a standby which lacked
+    the last commits would give two workers one session.
+    """
+    session_id = secrets.randbits(62)
+    await db.write(
+        "INSERT INTO workers (id, name, channels, lease_s) VALUES ($1, $2, $3, $4)",
+        session_id,
+        name,
+        list(channels),
+        lease_s,
     )
-    session_id: int = row["id"]
     return session_id
 
 
-async def beat(db: Database, session_id: int) -> bool:
-    """Show that the session lives. False: it has been ended, and may start nothing more.
+async def beat(db: Database, session_id: int, held: str = "", paused: Sequence[str] = ()) -> bool:
+    """Show that the session lives, and how. False: it has been ended, and may start nothing more.
 
     Waits for the claims and starts that are under way in it.
     """
     rows = await db.write(
-        """UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp()
+        """UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp(), held = $2, paused = $3
            WHERE id = $1 AND ended_at IS NULL RETURNING id""",
         session_id,
+        held,
+        list(paused),
     )
     return bool(rows)
 
 
 async def read_sessions(db: Database) -> list[SessionRow]:
     """The sessions that live, and those that ended with something left in `due`."""
-    rows = await db.fetch("SELECT * FROM workers WHERE reaped_at IS NULL ORDER BY id")
+    rows = await db.fetch("SELECT * FROM workers WHERE reaped_at IS NULL ORDER BY started_at, id")
     return [
         SessionRow(
             row["id"],
@@ -57,6 +73,9 @@ async def read_sessions(db: Database) -> list[SessionRow]:
             row["beat"],
             row["beat_at"],
             row["ended_at"],
+            row["lease_s"],
+            row["held"],
+            tuple(row["paused"]),
         )
         for row in rows
     ]

@@ -1,11 +1,14 @@
-"""Drain: one loop a channel, from due rows to results. Claim → start → send → record.
+"""Drain: one loop a channel, from due rows to the wire. Claim → start → send (wire.py) → record.
 
 Promises. Only what a committed start returned is sent. SEND_ONCE deliveries are started in groups
 no larger than the free slots on the wire, so that a crash leaves few in doubt; RETRYING ones may be
 started ahead of the wire. A message that breaks the code fails alone (call.py); one that breaks
-the process is claimed alone from the third time on, and given up at the sixth. Whatever breaks in
-between, what was started has a result: at worst that nobody knows. One slow channel
+the process is claimed alone from the third time on, and given up at the sixth. One slow channel
 holds no other's slots, because each has its own loop and its own provider.
+
+Nothing is claimed or started by a session that was not heard in time, without a place in the
+journal for every result, or while the channel pauses (breaker.py). After that pause one delivery
+is claimed, as its probe, and its result awaited.
 
 The loop is woken by a flag that is cleared *before* the claim: a ring that comes during the claim
 is not lost, it makes one more claim. Rings come from the doorbell, from the sweeper every second,
@@ -16,6 +19,8 @@ and so has a batch that failed between claim and start: before the next claim, e
 channel that our session holds without a start is given back. A start whose answer was lost is run
 again with the same attempts until it answers, which then says what may be sent; nothing is sent
 before. Were it given up, its deliveries would stay in SENDING for as long as our session lives.
+When PostgreSQL is back, and at the start, the session beats and what is not recorded yet is
+recorded before anything else.
 """
 
 from __future__ import annotations
@@ -29,14 +34,11 @@ import random
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
-from mailgrpc.core.delivery import Mode, Outcome, Result, next_step
+from mailgrpc import failpoints
 from mailgrpc.core.ids import new_id
-from mailgrpc.core.retry import DEFAULT_POLICY, RetryPolicy
 from mailgrpc.db.deliveries import (
     Claimed,
-    Recorded,
     Started,
     Starting,
     claim_due,
@@ -48,16 +50,17 @@ from mailgrpc.db.engine import AmbiguousCommit, Database, SessionEnded
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
 from mailgrpc.providers.provider import Provider
-from mailgrpc.worker.call import ALONE_FROM_CLAIMS, Group, broken, call_provider, group_claims
+from mailgrpc.worker.breaker import Breaker
+from mailgrpc.worker.call import ALONE_FROM_CLAIMS, Group, group_claims
+from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
+from mailgrpc.worker.wire import Wire
 
 log = logging.getLogger(__name__)
 
 CLAIM_DELIVERIES = 200
-STARTED_AHEAD = 64
-MAX_UNRECORDED = 2000
 _IDLE_S = 60.0  # the sweeper rings long before
 _SOON_S = 0.005
 _RETRY_S = 0.5
@@ -74,6 +77,7 @@ class Drain:
         recorder: Recorder,
         doorbell: Doorbell,
         outage: Outage,
+        journal: Journal,
         *,
         channel: str,
         provider: Provider,
@@ -87,16 +91,23 @@ class Drain:
         self._recorder = recorder
         self._doorbell = doorbell
         self._outage = outage
-        self._provider = provider
+        self._journal = journal
+        self._group_max = provider.group_max
         self._lane = lane
-        self._concurrency = concurrency
-        self._rng = rng or random.Random()
-        self._slots = asyncio.Semaphore(concurrency)
-        self._sending: set[asyncio.Task[None]] = set()
-        self._slot_freed = asyncio.Event()
+        self.breaker = Breaker(channel)
+        self._wire = Wire(
+            provider,
+            recorder,
+            journal,
+            self.breaker,
+            channel=channel,
+            concurrency=concurrency,
+            rng=rng or random.Random(),
+        )
         self._wake = asyncio.Event()
         self._after_project = 0
         self._claims_astray = False
+        self._is_behind = True  # there may be results from before that are not recorded
         self._retry_s = _RETRY_S
         self._stopping = False
 
@@ -108,7 +119,7 @@ class Drain:
         """Claim and start nothing more; `run` returns and what is on the wire goes on."""
         self._stopping = True
         self._wake.set()
-        self._slot_freed.set()
+        self._wire.freed.set()
 
     async def run(self) -> None:
         """Drain until told to stop. Survives PostgreSQL, and the end of its session."""
@@ -127,14 +138,11 @@ class Drain:
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
-        while self._sending:
-            await asyncio.wait(self._sending)
+        await self._wire.settle()
 
     async def abandon(self) -> None:
         """End what is on the wire, unheard; the reaper settles it."""
-        for task in self._sending:
-            task.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
+        await self._wire.abandon()
 
     async def _guarded_pass(self) -> float | None:
         session_id = self._session.session_id
@@ -142,12 +150,15 @@ class Drain:
             if self._claims_astray:
                 await self._session.give_back(session_id, self.channel)
                 self._claims_astray = False
+            if self._is_behind:
+                await self._recorder.flushed()
+                self._is_behind = False
             idle_s = await self.drain_once()
         except SessionEnded:
             with contextlib.suppress(StoreUnavailable):
                 await self._session.renew(session_id)
         except StoreUnavailable as error:
-            self._claims_astray = True
+            self._claims_astray = self._is_behind = True
             self._outage.met(error)
             await asyncio.sleep(_RETRY_S)
         except Exception:
@@ -163,27 +174,40 @@ class Drain:
 
     async def drain_once(self) -> float | None:
         """Claim one batch and see all of it started. None: look again at once; else seconds."""
+        if (pause_s := self.breaker.wait_s) or self._journal.trouble:
+            return pause_s or _RETRY_S
+        is_probe = not self.breaker.is_closed
         session_id = self._session.session_id
+        self._check_heard(session_id)
+        most = 1 if is_probe else CLAIM_DELIVERIES
         claims = await claim_due(
-            self._database, session_id, self.channel, CLAIM_DELIVERIES, self._after_project
+            self._database, session_id, self.channel, most, self._after_project
         )
+        failpoints.reach("drain.claimed")
         if not claims.claimed:
             return math.inf if claims.next_due_in_s is None else max(claims.next_due_in_s, _SOON_S)
         self._after_project = claims.claimed[-1].project_id
         if len(claims.claimed) >= CLAIM_DELIVERIES:
             self._doorbell.ring()  # there is more: wakes the next worker
         claimed = await self._one_if_suspect(session_id, claims.claimed)
-        waiting = deque(await group_claims(self._database, claimed, self._provider.group_max))
+        waiting = deque(await group_claims(self._database, claimed, self._group_max))
         grouped = {i for group in waiting for i in group.delivery_ids}
         await self._leave_out(
             session_id, [c.delivery_id for c in claimed if c.delivery_id not in grouped]
         )
         try:
-            while waiting and (batch := _take(waiting, await self._room(waiting[0].mode))):
-                await self._start(session_id, batch)
+            while waiting and (batch := await self._next_batch(waiting, is_probe)):
+                await self._start(session_id, batch, is_probe)
         finally:
             await self._release(session_id, [i for group in waiting for i in group.delivery_ids])
+        if is_probe:
+            await self.settle()
         return None
+
+    def _check_heard(self, session_id: int) -> None:
+        """Raise StoreUnavailable where the last look would say no to whatever we started."""
+        if not self._session.may_send(session_id):
+            raise StoreUnavailable("no beat of this worker session was answered in time")
 
     async def _one_if_suspect(
         self, session_id: int, claimed: Sequence[Claimed]
@@ -217,45 +241,47 @@ class Drain:
         except StoreUnavailable:
             self._claims_astray = True
 
-    async def _room(self, mode: Mode) -> int:
-        """How many groups may be started now; waits until it is at least one. 0: stop."""
-        ahead = 0 if mode is Mode.SEND_ONCE else STARTED_AHEAD
-        while not self._stopping:
-            self._slot_freed.clear()
-            room = self._concurrency + ahead - len(self._sending)
-            if room > ahead // 2 and len(self._recorder) < MAX_UNRECORDED:
-                return room
+    async def _next_batch(self, waiting: deque[Group], is_probe: bool) -> list[Group]:
+        """The next groups to start together, when there is room for them; none: stop."""
+        while not self._stopping and (is_probe or self.breaker.is_closed):
+            self._wire.freed.clear()
+            room = self._wire.room(waiting[0].mode)
+            if batch := _take(waiting, room, self._journal.room):
+                return batch
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._slot_freed.wait(), _RETRY_S)
-        return 0
+                await asyncio.wait_for(self._wire.freed.wait(), _RETRY_S)
+        return []
 
-    async def _start(self, session_id: int, batch: Sequence[Group]) -> None:
+    async def _start(self, session_id: int, batch: Sequence[Group], is_probe: bool) -> None:
         """Commit the start of these groups, then send what came back of each."""
         calls = {new_id(): group for group in batch}
-        started = await self._started(
-            session_id,
-            [
-                Starting(delivery_id, new_id(), call_id)
-                for call_id, group in calls.items()
-                for delivery_id in group.delivery_ids
-            ],
-        )
+        starting = [
+            Starting(delivery_id, new_id(), call_id)
+            for call_id, group in calls.items()
+            for delivery_id in group.delivery_ids
+        ]
+        started: list[Started] = []
+        self._journal.reserve(len(starting))
+        try:
+            self._check_heard(session_id)
+            started = await self._started(session_id, starting)
+        finally:
+            self._journal.unreserve(len(starting) - len(started))
+        failpoints.reach("drain.started")
         self._doorbell.hint_feed()
         last_look = functools.partial(self._session.may_send, session_id)
         members: dict[uuid.UUID, list[Started]] = {call_id: [] for call_id in calls}
         for s in started:
             members[s.call_id].append(s)
         for call_id, group in calls.items():  # in the order of the claim
-            if not members[call_id]:
-                continue
-            task = asyncio.create_task(self._send(group, members[call_id], last_look))
-            self._sending.add(task)
-            task.add_done_callback(self._sent)
+            if members[call_id]:
+                self._wire.send(group, members[call_id], last_look, is_probe=is_probe)
 
     async def _started(self, session_id: int, starting: Sequence[Starting]) -> list[Started]:
         """What did start. Once that is in doubt, asks until it is known."""
         in_doubt = False
         while True:
+            failpoints.reach("drain.start")
             try:
                 return await start_deliveries(self._database, session_id, self._lane, starting)
             except SessionEnded:
@@ -267,40 +293,13 @@ class Drain:
                 self._outage.met(error)
             await asyncio.sleep(_RETRY_S)
 
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        self._sending.discard(task)
-        self._slot_freed.set()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a call on channel %s came to nothing", self.channel, exc_info=error)
 
-    async def _send(
-        self, group: Group, started: Sequence[Started], last_look: functools.partial[bool]
-    ) -> None:
-        """One call to the provider, and its results to the recorder."""
-        async with self._slots:
-            results = await call_provider(self._provider, group, started, last_look)
-        try:
-            policy = group.policy
-        except Exception:
-            log.exception("the policy of %s cannot be read", started[0].delivery.delivery_id)
-            policy = DEFAULT_POLICY
-        self._recorder.put([self._end(s, r, policy) for s, r in zip(started, results, strict=True)])
-
-    def _end(self, started: Started, result: Result, policy: RetryPolicy) -> Recorded:
-        """What a result means, whatever breaks: else its delivery stayed in SENDING."""
-        now = datetime.now(UTC)
-        try:
-            step = next_step(started.delivery, result, now, policy, self._rng)
-        except Exception as error:
-            log.exception("nobody knows what %r means", result)
-            result = broken(Outcome.UNKNOWN, error)
-            step = next_step(started.delivery, result, now, DEFAULT_POLICY, self._rng)
-        return Recorded(started, self._provider.name, now, result, step)
-
-
-def _take(waiting: deque[Group], room: int) -> list[Group]:
-    """The next groups to start together: of one mode, at most `room`."""
+def _take(waiting: deque[Group], groups: int, deliveries: int) -> list[Group]:
+    """The next groups to start together: of one mode, at most so many groups and deliveries."""
     batch: list[Group] = []
-    while waiting and len(batch) < room and (not batch or waiting[0].mode is batch[0].mode):
+    while waiting and len(batch) < groups and (not batch or waiting[0].mode is batch[0].mode):
+        deliveries -= len(waiting[0].delivery_ids)
+        if deliveries < 0:
+            break
         batch.append(waiting.popleft())
     return batch

@@ -12,9 +12,9 @@ attempt; it changes the delivery when that attempt is running, or by the rule on
 Both happen in the one statement that stores the result (`record_outcomes`). `possibly_sent` needs
 nothing here: an attempt is overtaken only after the reaper has ended it as UNKNOWN, which set it.
 
-The journal (a local, fsynced file of results that are not in PostgreSQL yet) has its place here:
-between `put` and the flush. Until it exists a worker that is killed with results in memory leaves
-them to the reaper, which knows only that the attempts were started.
+Each result is handed to the journal as well (journal.py), side by side with the recording, so that
+what a killed worker had in memory is found by the next one on this machine. `close` leaves there
+what is not recorded. What the journal brings back takes the same way (`take_over`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mailgrpc import failpoints
 from mailgrpc.core.delivery import Result
 from mailgrpc.db.deliveries import Recorded, record_outcomes
 from mailgrpc.db.engine import Database
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
+from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
 
 log = logging.getLogger(__name__)
@@ -40,21 +42,27 @@ _RETRY_S = 0.5
 _INSIST_MAX_S = 60.0
 
 
-def _id(recorded: Recorded) -> uuid.UUID:
-    return recorded.started.delivery.delivery_id
-
-
 class Recorder:
     """The queue of results of one worker; a flush begins as soon as the last one has ended."""
 
     def __init__(
-        self, database: Database, doorbell: Doorbell, outage: Outage, *, lane: int
+        self,
+        database: Database,
+        doorbell: Doorbell,
+        outage: Outage,
+        journal: Journal,
+        *,
+        lane: int,
     ) -> None:
+        self._journal = journal
         self._database = database
         self._doorbell = doorbell
         self._outage = outage
         self._lane = lane
         self._waiting: deque[Recorded] = deque()
+        self._taken = 0  # results that ever came in
+        self._settled = 0  # of these, those that were recorded or refused
+        self._progress = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
         self._refused: deque[Recorded] = deque()
         self._insister: asyncio.Task[None] | None = None
@@ -65,7 +73,13 @@ class Recorder:
 
     def put(self, results: Sequence[Recorded]) -> None:
         """Hand results in. Returns at once."""
+        self._journal.append(results)
+        self.take_over(results)
+
+    def take_over(self, results: Sequence[Recorded]) -> None:
+        """Hand in results that are in a journal already. Returns at once."""
         self._waiting.extend(results)
+        self._taken += len(results)
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.get_running_loop().create_task(self._flush_all())
 
@@ -74,20 +88,32 @@ class Recorder:
         while self._flusher is not None and not self._flusher.done():
             await asyncio.shield(self._flusher)
 
+    async def flushed(self) -> None:
+        """Return once what has been handed in by now is recorded, or refused by PostgreSQL.
+
+        Unlike `drain` it does not wait for what comes meanwhile.
+        """
+        awaited = self._taken
+        while self._settled < awaited:
+            self._progress.clear()
+            await self._progress.wait()
+
     async def close(self) -> None:
-        """Stop; what is not recorded by now is left to the reaper."""
+        """Stop; what is not recorded by now is left in the journal."""
         tasks = [task for task in (self._flusher, self._insister) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if len(self):
             log.warning(
-                "%d results are left unrecorded; their attempts are taken for lost", len(self)
+                "%d results are not recorded; they are left in the journal for the next worker",
+                len(self),
             )
 
     async def _flush_all(self) -> None:
         while self._waiting:
             batch = self._take()
+            failpoints.reach("recorder.record")
             try:
                 await record_outcomes(self._database, self._lane, batch)
             except StoreUnavailable as error:
@@ -98,6 +124,11 @@ class Recorder:
                 await self._record_singly(batch)
             else:
                 self._told(batch)
+                self._settle(len(batch))
+
+    def _settle(self, results: int) -> None:
+        self._settled += results
+        self._progress.set()
 
     async def _record_singly(self, batch: Sequence[Recorded]) -> None:
         """One of them cannot be written; the others can."""
@@ -107,9 +138,12 @@ class Recorder:
             except StoreUnavailable:
                 self._waiting.append(one)
             except Exception:
-                log.exception("the result of %s cannot be recorded yet", _id(one))
+                log.exception("the result of %s cannot be recorded yet", one.delivery_id)
                 self._keep(one)
-        self._told(batch)
+                self._settle(1)
+            else:
+                self._told([one])
+                self._settle(1)
 
     async def _record_somehow(self, one: Recorded) -> None:
         """With its words, or without: what came of a mail matters more than how it was put."""
@@ -118,7 +152,7 @@ class Recorder:
         except StoreUnavailable:
             raise
         except Exception as error:  # noqa: BLE001  data that this database refuses
-            log.warning("the result of %s is recorded without its words: %s", _id(one), error)
+            log.warning("the result of %s is recorded without words: %s", one.delivery_id, error)
             plain = replace(
                 one.result, enhanced_code="", text="", provider_message_id="", status_code=0
             )
@@ -156,20 +190,22 @@ class Recorder:
                 )
 
     def _told(self, batch: Sequence[Recorded]) -> None:
+        failpoints.reach("recorder.recorded")
+        self._journal.recorded(batch)
         self._doorbell.hint_feed()
         due = [r.step.due_at for r in batch if r.step.due_at is not None]
         for moment in {d.replace(microsecond=0) for d in due}:
             self._doorbell.ring_at(moment)
 
     def _take(self) -> list[Recorded]:
-        """The next flush: a delivery's second result waits for the next one."""
+        """The next flush: a delivery's second result waits for the one after it."""
         batch: dict[uuid.UUID, Recorded] = {}
         left: list[Recorded] = []
         while self._waiting and len(batch) < FLUSH_RESULTS:
             one = self._waiting.popleft()
-            if _id(one) in batch:
+            if one.delivery_id in batch:
                 left.append(one)
             else:
-                batch[_id(one)] = one
+                batch[one.delivery_id] = one
         self._waiting.extendleft(reversed(left))
         return list(batch.values())

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mailgrpc.config import Settings
+from mailgrpc.db.deliveries import Recorded
 from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import check_schema
 from mailgrpc.doorbell import Doorbell
@@ -17,14 +18,16 @@ from mailgrpc.providers.provider import Provider
 from mailgrpc.providers.registry import open_channels
 from mailgrpc.worker.drain import Drain
 from mailgrpc.worker.expiry import Expiry
+from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
-from mailgrpc.worker.sessions import Session
+from mailgrpc.worker.sessions import BEATS_A_LEASE, Session
 from mailgrpc.worker.sweep import Reaper, Sweeper
 
 log = logging.getLogger(__name__)
 
 _RING_WAIT_S = 10.0
+_CLOSE_SHARE = 0.2  # of the grace time, kept for what ends after the wire
 
 
 class Worker:
@@ -55,8 +58,19 @@ class Worker:
         lane = secrets.randbelow(settings.feed_lanes)
         name = f"{os.uname().nodename}:{os.getpid()}"
         outage = Outage()
-        self._session = Session(database, name, sorted(channels), outage, lease_s=settings.lease_s)
-        self._recorder = Recorder(database, self._doorbell, outage, lane=lane)
+        self._journal = Journal(settings.journal_dir or settings.data_dir / "journal")
+        # The beat must not wait behind claims, nor a silent connection pass for a whole lease.
+        self._beats = Database(settings.database_url, pool_size=1)
+        self._session = Session(
+            database,
+            name,
+            sorted(channels),
+            outage,
+            lease_s=settings.lease_s,
+            beats=self._beats.with_patience(settings.lease_s / BEATS_A_LEASE),
+            state=self._state,
+        )
+        self._recorder = Recorder(database, self._doorbell, outage, self._journal, lane=lane)
         self._drains = [
             Drain(
                 database,
@@ -64,6 +78,7 @@ class Worker:
                 self._recorder,
                 self._doorbell,
                 outage,
+                self._journal,
                 channel=channel,
                 provider=provider,
                 lane=lane,
@@ -73,9 +88,10 @@ class Worker:
         ]
         self._sweeper = Sweeper(
             database,
-            Reaper(database, lane=lane, lease_s=settings.lease_s),
+            Reaper(database, lane=lane),
             Expiry(database, lane=lane),
             self.wake,
+            self._adopt,
             event_retention_s=settings.event_retention_s,
             outage=outage,
         )
@@ -84,8 +100,7 @@ class Worker:
 
     async def start(self) -> None:
         """Open the session and begin. Raises SchemaError, StoreUnavailable."""
-        await check_schema(self._database)
-        await self._session.start()
+        await self._begin()
         self._running = [asyncio.create_task(drain.run()) for drain in self._drains]
         self._helping = [
             asyncio.create_task(self._sweeper.run()),
@@ -106,14 +121,17 @@ class Worker:
     async def stop(self, grace_s: float | None = None) -> None:
         """End: no new claims, what is on the wire is awaited and recorded, within the grace time.
 
-        What is still on the wire then is left to the reaper of another worker.
+        What is still on the wire then is left to the reaper of another worker, and what is not
+        recorded stays in the journal.
         """
         grace_s = self._settings.grace_s if grace_s is None else grace_s
+        clock = asyncio.get_running_loop().time
+        ends_at = clock() + grace_s
         self.stop_claiming()
         for task in self._helping:
             task.cancel()
         try:
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout_at(ends_at - grace_s * _CLOSE_SHARE):
                 await asyncio.gather(*self._running)
                 for drain in self._drains:
                     await drain.settle()
@@ -126,24 +144,55 @@ class Worker:
         for drain in self._drains:
             await drain.abandon()
         await self._recorder.close()
-        await self._session.stop()
+        await self._session.stop(max(0.0, ends_at - clock()))
+        await self._journal.close()
         for provider in self._channels.values():
             await provider.close()
         await self._doorbell.close()
+        await self._beats.close()
 
     async def burst(self) -> None:
         """Send what is due now, then return; what waits for later is left. Do not `start` it.
 
         Raises SchemaError, StoreUnavailable, SessionEnded.
         """
-        await check_schema(self._database)
-        await self._session.start()
+        await self._begin()
         try:
+            if self._journal.trouble:
+                raise SettingsError(f"MAILGRPC_JOURNAL_DIR: {self._journal.trouble}")
+            await self._recorder.flushed()
             await self._sweeper.sweep()
             for drain in self._drains:
                 await drain.burst()
         finally:
             await self.stop()
+
+    async def _begin(self) -> None:
+        await check_schema(self._database)
+        left = await self._journal.open()
+        await self._session.start()
+        self._take_over(left)
+
+    async def _adopt(self) -> None:
+        """Record what dead neighbours on this journal's directory left there."""
+        try:
+            found = await self._journal.adopt()
+        except OSError as error:
+            log.warning("the journals of other workers cannot be looked at: %s", error)
+            return
+        self._take_over(found)
+        if found:
+            await self._recorder.flushed()
+
+    def _take_over(self, found: Sequence[Recorded]) -> None:
+        if found:
+            log.warning("%d results of a worker that ended are taken from its journal", len(found))
+            self._recorder.take_over(found)
+
+    def _state(self) -> tuple[str, Sequence[str]]:
+        """Why nothing is started, and the channels that pause: said with each beat."""
+        paused = [drain.channel for drain in self._drains if not drain.breaker.is_closed]
+        return self._journal.trouble, paused
 
     async def _listen(self) -> None:
         while True:

@@ -9,8 +9,15 @@ compares no wall clocks: it ends a session whose beat it has itself seen unchang
 lease, by its own monotonic clock, with PostgreSQL answering throughout. An outage of PostgreSQL
 stops all beats at once, so whatever the reaper had seen before it counts for nothing after it.
 
+The lease is the session's own and stands in its row: a worker that was started with another
+setting is judged by what it promised itself, not by who looks. The beat has a connection of its
+own, with a short patience, so that it neither waits behind claims nor lets one silent connection
+pass for a whole lease.
+
 A session that was ended claims and starts nothing more: both take its row first, shared, and the
-ending waits for them. What it had on the wire is still recorded, by the rule on late results.
+ending waits for them. One that has not been heard in time starts nothing either (`may_send`),
+though its row may stand: what it started would be refused by the last look. What it had on the
+wire is still recorded, by the rule on late results.
 
 The last look. Between a worker's last beat and the moment a reaper may act lies the lease. A send
 begins its last, irrevocable write only while the worker's own clock says that this time is not
@@ -27,6 +34,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from mailgrpc import failpoints
 from mailgrpc.db.engine import Database, SessionEnded
 from mailgrpc.db.workers import (
     beat,
@@ -54,7 +62,11 @@ def boot_clock() -> float:
 
 
 class Session:
-    """The session of this process: one at a time, a new one when the reaper ended the last."""
+    """The session of this process: one at a time, a new one when the reaper ended the last.
+
+    `beats` is the database by the connection of the beat. `state` says with each beat why nothing
+    is started (empty: it is) and which channels are paused.
+    """
 
     def __init__(
         self,
@@ -64,9 +76,13 @@ class Session:
         outage: Outage | None = None,
         *,
         lease_s: float,
+        beats: Database | None = None,
+        state: Callable[[], tuple[str, Sequence[str]]] = lambda: ("", ()),
         clock: Callable[[], float] = boot_clock,
     ) -> None:
         self._database = database
+        self._beats = beats or database
+        self._state = state
         self._name = name
         self._channels = channels
         self._outage = outage or Outage()
@@ -103,7 +119,7 @@ class Session:
         The caller starts nothing of it meanwhile. The beat waits for claims whose answer was
         lost, so that they are seen. Raises SessionEnded, StoreUnavailable.
         """
-        if not await beat(self._database, session_id):
+        if not await self._beat(self._database, session_id):
             raise SessionEnded(f"worker session {session_id} has ended")
         await release_unstarted(self._database, session_id, lost=False, channel=channel)
 
@@ -112,14 +128,14 @@ class Session:
         until = self._beaten_at + self._lease_s * (1 - _MARGIN)
         return session_id == self._id and self._clock() < until
 
-    async def stop(self) -> None:
+    async def stop(self, within_s: float = _CLOSE_S) -> None:
         """End the session. What is still SENDING in it is left to the reaper of another worker."""
         session_id, self._id = self._id, 0
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         try:
-            async with asyncio.timeout(_CLOSE_S):
+            async with asyncio.timeout(within_s):
                 with contextlib.suppress(SessionEnded):
                     await self.give_back(session_id)
                 await end_session(self._database, session_id)
@@ -131,8 +147,18 @@ class Session:
 
     async def _open(self) -> None:
         asked_at = self._clock()
-        self._id = await open_session(self._database, self._name, self._channels)
+        self._id = await open_session(self._database, self._name, self._channels, self._lease_s)
         self._beaten_at = asked_at
+
+    async def _beat(self, database: Database, session_id: int) -> bool:
+        """Beat once; whether the session still stands."""
+        failpoints.reach("sessions.beat")
+        asked_at = self._clock()
+        if not await beat(database, session_id, *self._state()):
+            return False
+        if session_id == self._id:
+            self._beaten_at = max(self._beaten_at, asked_at)
+        return True
 
     async def _keep_alive(self) -> None:
         every_s = self._lease_s / BEATS_A_LEASE
@@ -142,12 +168,9 @@ class Session:
 
     async def _beat_until_heard(self) -> None:
         while True:
-            session_id, asked_at = self._id, self._clock()
+            session_id = self._id
             try:
-                if await beat(self._database, session_id):
-                    if session_id == self._id:
-                        self._beaten_at = asked_at
-                else:
+                if not await self._beat(self._beats, session_id):
                     await self.renew(session_id)
                 return
             except StoreUnavailable as error:

@@ -1,7 +1,8 @@
 """The sweeper: what makes everything come right when nobody rang. Runs in every worker.
 
 Every second it wakes the drains (so that without Redis mail still flows within two), moves what
-was scheduled over when its time is near, and reaps sessions; every minute it expires what no
+was scheduled over when its time is near, adopts the journals of dead neighbours, and reaps
+sessions; every minute it expires what no
 start came to (expiry.py). Apart from that it drops what has outlived its retention now and then.
 It is outside arq, because arq's own worker ends when Redis goes away.
 """
@@ -12,10 +13,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from mailgrpc import failpoints
 from mailgrpc.core.delivery import Cause, Outcome, Result, next_step
 from mailgrpc.core.ids import message_of
 from mailgrpc.core.retry import DEFAULT_POLICY
@@ -42,7 +44,7 @@ SWEEP_EVERY_S = 1.0
 CHORES_EVERY_S = 300.0
 PROMOTED_AT_ONCE = 2000
 _RETRY_MAX_S = 30.0
-_LOOKS_APART_S = 5.0
+_LOOKS_APART_S = 1.5
 _WORKER_LOST = Result(
     Outcome.UNKNOWN, Cause.WORKER_LOST, text="the worker ended before it could tell"
 )
@@ -52,7 +54,8 @@ class Reaper:
     """Ends sessions that no longer beat, and settles what they leave. See sessions.py.
 
     What it saw counts while it goes on looking. After a gap (PostgreSQL was away, this process
-    slept) beats may be missing for that very reason, and it watches anew for a whole lease.
+    slept) beats may be missing for that very reason, and it watches anew for a whole lease. A gap
+    is half a lease: a session that could beat all the while has done so in it.
     """
 
     def __init__(
@@ -60,12 +63,10 @@ class Reaper:
         database: Database,
         *,
         lane: int,
-        lease_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._database = database
         self._lane = lane
-        self._lease_s = lease_s
         self._clock = clock
         self._seen: dict[int, tuple[int, float]] = {}  # session -> beat, since when
         self._looked_at = float("-inf")
@@ -80,11 +81,11 @@ class Reaper:
         """Look once; how many sessions were settled. Raises StoreUnavailable."""
         sessions = await read_sessions(self._database)
         now = self._clock()
-        if now - self._looked_at > max(_LOOKS_APART_S, self._lease_s / 2):
-            self.forget()  # who knows who could beat meanwhile
-        self._looked_at = now
+        gap_s, self._looked_at = now - self._looked_at, now
         settled = 0
         for session in sessions:
+            if gap_s > max(session.lease_s / 2, _LOOKS_APART_S):
+                self._seen.pop(session.session_id, None)
             if session.ended_at is None and not await self._end_if_silent(session, now):
                 continue
             try:
@@ -107,19 +108,22 @@ class Reaper:
         if beat != session.beat:
             self._seen[session.session_id] = (session.beat, now)
             return False
-        if now - since < self._lease_s:
+        if now - since < session.lease_s:
             return False
         ended = await end_session(self._database, session.session_id, seen_beat=session.beat)
         if ended:
             log.warning("worker session %d (%s) is gone", session.session_id, session.name)
+            failpoints.reach("reaper.ended")
         return ended
 
     async def _settle(self, session: SessionRow) -> None:
         released = await release_unstarted(self._database, session.session_id, lost=True)
+        failpoints.reach("reaper.released")
         lost = 0
         while started := await read_started(self._database, session.session_id):
             await record_outcomes(self._database, self._lane, await self._lost(started))
             lost += len(started)
+        failpoints.reach("reaper.settled")
         await mark_reaped(self._database, session.session_id)
         if released or lost:
             log.warning(
@@ -138,7 +142,7 @@ class Reaper:
         for s in started:
             policy = policies.get(message_of(s.delivery.delivery_id), DEFAULT_POLICY)
             step = next_step(s.delivery, _WORKER_LOST, now, policy, self._rng)
-            recorded.append(Recorded(s, "", now, _WORKER_LOST, step))
+            recorded.append(Recorded.of(s, "", now, _WORKER_LOST, step))
         return recorded
 
 
@@ -151,6 +155,7 @@ class Sweeper:
         reaper: Reaper,
         expiry: Expiry,
         wake: Callable[[], Any],
+        adopt: Callable[[], Awaitable[None]],
         *,
         event_retention_s: float,
         outage: Outage | None = None,
@@ -159,6 +164,7 @@ class Sweeper:
         self._reaper = reaper
         self._expiry = expiry
         self._wake = wake
+        self._adopt = adopt
         self._event_retention_s = event_retention_s
         self._outage = outage or Outage()
         self._retry_s = SWEEP_EVERY_S
@@ -184,6 +190,8 @@ class Sweeper:
         self._wake()
         while await promote_scheduled(self._database, PROMOTED_AT_ONCE) == PROMOTED_AT_ONCE:
             self._wake()
+        # Before the reaper: what a dead neighbour wrote down is known, and not to be called lost.
+        await self._adopt()
         await self._reaper.reap()
         await self._expiry.walk()
 

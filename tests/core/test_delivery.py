@@ -207,18 +207,21 @@ def test_a_shorter_wait_that_the_provider_asks_for_is_not(seconds: int) -> None:
     assert step.due_at >= NOW + timedelta(seconds=8)
 
 
-@given(_deliveries(st.sampled_from(State)), _RESULTS)
+@given(_deliveries(st.sampled_from(State)), _RESULTS, st.booleans())
 def test_a_late_result_moves_a_delivery_only_by_proof_and_only_where_there_was_none(
-    delivery: Delivery, result: Result
+    delivery: Delivery, result: Result, others_in_doubt: bool
 ) -> None:
-    step = late_step(delivery, result)
+    step = late_step(delivery, result, others_in_doubt=others_in_doubt)
     proof = {Outcome.ACCEPTED: State.SENT, Outcome.REJECTED: State.FAILED}
+    if delivery.state is State.OUTCOME_UNKNOWN and not others_in_doubt:
+        proof[Outcome.DEFERRED] = State.FAILED
     if delivery.state in WITHOUT_PROOF and result.outcome in proof:
         assert step is not None
         assert step.state is proof[result.outcome]
         assert step.state in MOVES[delivery.state]
         assert step.due_at is None
-        assert step.possibly_sent == delivery.possibly_sent
+        accepted = result.outcome is Outcome.ACCEPTED
+        assert step.possibly_sent == (delivery.possibly_sent if accepted else others_in_doubt)
     else:
         assert step is None
 
@@ -266,8 +269,9 @@ def test_resend_leads_to_queued_wherever_it_is_allowed(delivery: Delivery) -> No
     assert step.state in MOVES[delivery.state]
     assert (step.state, step.due_at) == (State.QUEUED, NOW)
     assert step.possibly_sent == delivery.possibly_sent
-    assert forced == (delivery.state is not State.DEFERRED)
-    assert expire_at == (None if forced else delivery.expire_at)
+    goes_on = delivery.state is State.DEFERRED
+    assert forced == (delivery.forced if goes_on else True)
+    assert expire_at == (delivery.expire_at if goes_on else None)
 
 
 @given(_deliveries(st.sampled_from(State)))

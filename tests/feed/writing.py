@@ -101,7 +101,7 @@ class Sender:
         wait = Step(State.DEFERRED, False, now - timedelta(seconds=1), WaitReason.BACKOFF)
         sent = Step(State.SENT, False)
         recorded = [
-            Recorded(
+            Recorded.of(
                 s,
                 "capture",
                 now,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -29,6 +31,7 @@ from mailgrpc.errors import StoreUnavailable
 from mailgrpc.providers.capture import CaptureProvider
 from mailgrpc.providers.provider import Provider, SendCall
 from mailgrpc.worker.drain import Drain
+from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
@@ -131,26 +134,31 @@ class Part:
         *,
         channel: str = "default",
         concurrency: int = 8,
+        journal: Journal | None = None,
     ) -> None:
         outage = Outage()
+        self._directory = tempfile.TemporaryDirectory()
+        self.journal = journal or Journal(Path(self._directory.name), slots=256)
         doorbell = Doorbell(None)
         self.provider = provider or CaptureProvider()
         self.session = Session(db, "test", [channel], outage, lease_s=LEASE_S, clock=clock)
-        self.recorder = Recorder(db, doorbell, outage, lane=0)
+        self.recorder = Recorder(db, doorbell, outage, self.journal, lane=0)
         self.drain = Drain(
             db,
             self.session,
             self.recorder,
             doorbell,
             outage,
+            self.journal,
             channel=channel,
             provider=self.provider,
             lane=0,
             concurrency=concurrency,
         )
-        self.reaper = Reaper(db, lane=0, lease_s=LEASE_S, clock=clock)
+        self.reaper = Reaper(db, lane=0, clock=clock)
 
     async def __aenter__(self) -> Part:
+        self.recorder.take_over(await self.journal.open())
         await self.session.start()
         return self
 
@@ -159,6 +167,8 @@ class Part:
         await self.drain.abandon()
         await self.recorder.close()
         await self.session.stop()
+        await self.journal.close()
+        self._directory.cleanup()
 
     async def work(self) -> None:
         """Send all that is due now, and record it."""

@@ -14,9 +14,13 @@ from tests.worker.rig import Clock, Store
 WEEK_S = 7 * 86400.0
 
 
+async def _nothing() -> None:
+    """No neighbour has left a journal."""
+
+
 def _sweeper(db: Database) -> Sweeper:
-    reaper = Reaper(db, lane=0, lease_s=30, clock=Clock())
-    return Sweeper(db, reaper, Expiry(db, lane=0), lambda: None, event_retention_s=WEEK_S)
+    reaper = Reaper(db, lane=0, clock=Clock())
+    return Sweeper(db, reaper, Expiry(db, lane=0), lambda: None, _nothing, event_retention_s=WEEK_S)
 
 
 async def _request(db: Database, name: str, message: uuid.UUID, age: str) -> None:

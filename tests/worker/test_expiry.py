@@ -17,9 +17,13 @@ from mailgrpc.worker.sweep import Reaper, Sweeper
 from tests.worker.rig import Clock, Store
 
 
+async def _nothing() -> None:
+    """No neighbour has left a journal."""
+
+
 def _sweeper(db: Database) -> Sweeper:
-    reaper = Reaper(db, lane=0, lease_s=30, clock=Clock())
-    return Sweeper(db, reaper, Expiry(db, lane=0), lambda: None, event_retention_s=60.0)
+    reaper = Reaper(db, lane=0, clock=Clock())
+    return Sweeper(db, reaper, Expiry(db, lane=0), lambda: None, _nothing, event_retention_s=60.0)
 
 
 async def _expired(db: Database, *messages: uuid.UUID, ago: str = "2 minutes") -> None:

@@ -151,7 +151,7 @@ async def test_results_wait_out_an_outage_and_it_is_told_once(
 async def test_no_more_is_started_while_too_much_is_unrecorded(
     lossy: LossyDatabase, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mailgrpc.worker.drain.MAX_UNRECORDED", 1)
+    monkeypatch.setattr("mailgrpc.worker.wire.MAX_UNRECORDED", 1)
     await store.put_many([["a@example.com"]] * 20, mode=Mode.SEND_ONCE)
     provider = Gate()
     async with Part(lossy, clock, provider, concurrency=2) as part:
@@ -287,7 +287,7 @@ async def test_a_result_that_is_still_refused_at_the_end_is_told_and_left_to_the
     try:
         async with Part(db, clock) as part:
             await part.work()
-        assert "1 results are left unrecorded" in caplog.text
+        assert "1 results are not recorded" in caplog.text
     finally:
         await db.write("DROP TRIGGER refuse ON attempts")
         await db.write("DROP FUNCTION refuse")

@@ -51,7 +51,7 @@ async def _start(db: Database, message: uuid.UUID) -> Started:
 async def _record(db: Database, started: Started, result: Result) -> None:
     now = datetime.now(UTC)
     step = next_step(started.delivery, result, now, DEFAULT_POLICY, _NoJitter())
-    await record_outcomes(db, 0, [Recorded(started, "capture", now, result, step)])
+    await record_outcomes(db, 0, [Recorded.of(started, "capture", now, result, step)])
 
 
 class _NoJitter:
@@ -100,7 +100,7 @@ async def test_late_proof_drops_the_pending_retry(
     started = await _start(db, message)
     now = datetime.now(UTC)
     await record_outcomes(
-        db, 0, [Recorded(started, "", now, LOST, Step(State.DEFERRED, True, now + ahead))]
+        db, 0, [Recorded.of(started, "", now, LOST, Step(State.DEFERRED, True, now + ahead))]
     )
     assert await store.state(message) is State.DEFERRED
     await _record(db, started, proof)
@@ -112,18 +112,65 @@ async def test_late_proof_drops_the_pending_retry(
     assert await store.value("SELECT count(*) FROM scheduled") == 0
 
 
-@pytest.mark.parametrize("result", [DEFERRED, UNKNOWN])
-async def test_what_proves_no_sending_either_way_moves_nothing_when_late(
-    db: Database, store: Store, result: Result
-) -> None:
+async def test_what_proves_nothing_moves_nothing_when_late(db: Database, store: Store) -> None:
     message = await store.put(mode=Mode.SEND_ONCE)
     started = await _start(db, message)
     await _record(db, started, LOST)
     before = await store.delivery(message)
-    await _record(db, started, result)
+    await _record(db, started, UNKNOWN)
     after = await store.delivery(message)
     assert replace(after, last_result=None) == replace(before, last_result=None)
-    assert await _outcome(store, message) is result.outcome
+    assert await _outcome(store, message) is Outcome.UNKNOWN
+
+
+@pytest.mark.parametrize("proof", [DEFERRED, REJECTED])
+async def test_proof_that_it_was_not_sent_ends_the_doubt_and_starts_nothing(
+    db: Database, store: Store, proof: Result
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    started = await _start(db, message)
+    await _record(db, started, LOST)
+    assert (await store.delivery(message)).possibly_sent
+    await _record(db, started, proof)
+    delivery = await store.delivery(message)
+    assert delivery.state is State.FAILED
+    assert not delivery.possibly_sent  # so that Resend needs no risk accepted
+    assert await store.due_rows() == 0
+
+
+@pytest.mark.parametrize("result", [ACCEPTED, REJECTED, DEFERRED])
+async def test_with_another_attempt_in_doubt_the_mark_stays(
+    db: Database, store: Store, result: Result
+) -> None:
+    message = await store.put(mode=Mode.RETRYING)
+    await _record(db, await _start(db, message), UNKNOWN)
+    await store.make_due()
+    second = await _start(db, message)
+    now = datetime.now(UTC)
+    used_up = Step(State.OUTCOME_UNKNOWN, True)
+    await record_outcomes(db, 0, [Recorded.of(second, "", now, LOST, used_up)])
+    before = await store.delivery(message)
+    step = late_step(before, result, others_in_doubt=True)
+    await _record(db, second, result)
+    after = await store.delivery(message)
+    assert after.possibly_sent
+    assert after.state is (step.state if step else before.state)
+
+
+async def test_proof_about_an_attempt_whose_start_a_failover_lost_still_counts(
+    db: Database, store: Store
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    started = await _start(db, message)
+    # The new primary lacks the start: queued, never attempted, in nobody's hands.
+    await db.write(
+        "UPDATE deliveries SET state = 1, attempt_id = NULL, attempt_count = 0, due_at = now()"
+    )
+    await db.write("UPDATE due SET session_id = NULL")
+    await _record(db, started, ACCEPTED)
+    delivery = await store.delivery(message)
+    assert (delivery.state, delivery.attempt_count) == (State.SENT, 1)
+    assert await store.due_rows() == 0
 
 
 async def test_with_a_newer_attempt_only_the_older_ones_record_changes(
@@ -171,13 +218,13 @@ async def test_the_database_moves_what_late_step_says(
     await _record(db, started, LOST)
     await _put_into(store, state)
     before = await store.delivery(message)
-    step = late_step(before, result)
+    step = late_step(before, result, others_in_doubt=False)
 
     await _record(db, started, result)
     after = await store.delivery(message)
     assert after.state is (step.state if step else state)
     assert after.version == before.version + (step is not None)
-    assert after.possibly_sent
+    assert after.possibly_sent == (step.possibly_sent if step else True)
     assert await _outcome(store, message) is result.outcome
     assert await store.due_rows() == (after.state in UNENDED)
 

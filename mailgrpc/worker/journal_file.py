@@ -1,0 +1,225 @@
+"""A journal's file: slots of a fixed size, each empty or a result with its length and checksum.
+
+    slot 0        magic, bytes a slot, number of slots
+    slot 1 …      length of the entry, CRC-32 of it, the entry (journal_entry.py)
+
+Fixed slots because results come to an end in any order: a log would have to be copied to free the
+room before one that waits. All of the file is written when it is made, so no later write needs
+space. The file is a small layer of its own (`File`), so that a test can lose what was not synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import struct
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from mailgrpc import failpoints
+from mailgrpc.db.deliveries import Recorded
+from mailgrpc.worker.journal_entry import MOST_BYTES, unpack
+
+SLOT_BYTES = 2048
+_HEADER = struct.Struct("<8sII")  # magic, bytes a slot, slots
+_MAGIC = b"MGJOURN1"
+_SLOT = struct.Struct("<II")  # all zero: free
+assert _SLOT.size + MOST_BYTES <= SLOT_BYTES
+
+
+class File(Protocol):
+    """What the journal needs of a file; a test's own form loses what was not synced."""
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Write all of it. Raises OSError."""
+
+    def sync(self) -> None:
+        """Return when everything written is on the disk. Raises OSError."""
+
+    def read(self) -> bytes:
+        """The whole content."""
+
+    def close(self) -> None:
+        """Let go of the file and of its lock."""
+
+
+class DiskFile:
+    """A file on the disk, locked: one holder at a time, over all processes."""
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        """Open and lock it. Raises BlockingIOError where somebody holds it, OSError."""
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+        self._fd = os.open(path, flags, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    def write(self, data: bytes, offset: int) -> None:
+        """See File."""
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
+
+    def sync(self) -> None:
+        """See File."""
+        os.fdatasync(self._fd)
+
+    def read(self) -> bytes:
+        """See File."""
+        parts, offset = [], 0
+        while part := os.pread(self._fd, 1 << 20, offset):
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """See File."""
+        os.close(self._fd)
+
+
+OpenFile = Callable[..., File]
+
+
+class Foreign(Exception):
+    """A file that this version did not write."""
+
+
+class SlotFile:
+    """A journal file that is open and ours: its slots, and which of them are free."""
+
+    def __init__(self, path: Path, file: File, slots: int) -> None:
+        self.path = path
+        self.slots = slots
+        self.live: dict[uuid.UUID, int] = {}  # attempt -> its slot
+        self.damaged = 0  # slots that cannot be read
+        self._file = file
+        self._free = list(range(slots, 0, -1))
+
+    @classmethod
+    def create(cls, directory: Path, suffix: str, slots: int, open_file: OpenFile) -> SlotFile:
+        """A new file, all of it on the disk. Raises OSError; nothing is left then."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / f"{secrets.token_hex(8)}{suffix}"
+        file = open_file(path, create=True)
+        try:
+            file.write(bytes(SLOT_BYTES * (slots + 1)), 0)
+            file.write(_HEADER.pack(_MAGIC, SLOT_BYTES, slots), 0)
+            file.sync()
+            _sync_directory(directory)
+        except BaseException:
+            file.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+        return cls(path, file, slots)
+
+    @classmethod
+    def take_over(cls, path: Path, open_file: OpenFile) -> tuple[SlotFile, list[Recorded]]:
+        """A file that nobody holds, and what is live in it.
+
+        Raises BlockingIOError where somebody does, FileNotFoundError, Foreign, OSError.
+        """
+        file = open_file(path)
+        try:
+            if not path.exists():  # its holder removed it between our two steps
+                raise FileNotFoundError(path)
+            content = file.read()
+            slots = _slots_of(content)
+            taken = cls(path, file, slots)
+            return taken, taken._read(content, slots)
+        except BaseException:
+            file.close()
+            raise
+
+    def _read(self, content: bytes, slots: int) -> list[Recorded]:
+        found = []
+        for slot in range(1, slots + 1):
+            start = slot * SLOT_BYTES
+            length, checksum = _SLOT.unpack_from(content, start)
+            if length == 0:
+                continue
+            entry = content[start + _SLOT.size : start + _SLOT.size + length]
+            try:
+                if len(entry) != length or zlib.crc32(entry) != checksum:
+                    raise ValueError("its checksum is another one")
+                recorded = unpack(entry)
+            except ValueError:
+                self.damaged += 1
+                continue
+            found.append(recorded)
+            self.live[recorded.attempt_id] = slot
+        taken = set(self.live.values())
+        self._free = [slot for slot in self._free if slot not in taken]
+        return found
+
+    def write(self, entries: Sequence[tuple[uuid.UUID, bytes]]) -> None:
+        """Put entries, each by its attempt, into slots and sync them. Raises OSError.
+
+        Then it is not known which of them are in; to write them again takes the same slots.
+        """
+        failpoints.reach("journal.write")
+        for attempt_id, entry in entries:
+            if attempt_id not in self.live:
+                self.live[attempt_id] = self._free.pop()
+            head = _SLOT.pack(len(entry), zlib.crc32(entry))
+            self._file.write(head + entry, self.live[attempt_id] * SLOT_BYTES)
+        failpoints.reach("journal.written")
+        self._file.sync()
+        failpoints.reach("journal.synced")
+
+    def mark(self, attempt_ids: Sequence[uuid.UUID]) -> None:
+        """These are recorded: their slots, where they have one here, are free. Raises OSError."""
+        for attempt_id in attempt_ids:
+            if (slot := self.live.pop(attempt_id, None)) is not None:
+                self._free.append(slot)
+                self._file.write(bytes(_SLOT.size), slot * SLOT_BYTES)
+
+    def probe(self) -> None:
+        """Write and sync something that changes nothing. Raises OSError."""
+        self._file.write(_MAGIC, 0)
+        self._file.sync()
+
+    def set_aside(self) -> None:
+        """It is of no more use to us."""
+        set_aside(self.path)
+        self._file.close()
+
+    def close(self) -> None:
+        """Let go of it; removed where nothing is live in it."""
+        if not self.live:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self._file.close()
+
+
+def _slots_of(content: bytes) -> int:
+    """How many slots a file has, by its header. Raises Foreign."""
+    if len(content) < _HEADER.size:
+        raise Foreign("it has no header")
+    magic, slot_bytes, slots = _HEADER.unpack_from(content)
+    if magic != _MAGIC or slot_bytes != SLOT_BYTES:
+        raise Foreign("it is not a journal of this version")
+    if len(content) < SLOT_BYTES * (slots + 1):
+        raise Foreign("it is shorter than it says")
+    return int(slots)
+
+
+def set_aside(path: Path) -> None:
+    """Take a file out of the way, for whoever looks into it."""
+    with contextlib.suppress(OSError):
+        path.rename(path.with_suffix(".damaged"))
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
