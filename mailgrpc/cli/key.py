@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
 import click
 
-from mailgrpc.cli import running
-from mailgrpc.cli.process import load, told
-from mailgrpc.db.engine import Database
+from mailgrpc.cli.database import with_database
 from mailgrpc.db.projects import create_key, list_keys, revoke_key
-
-T = TypeVar("T")
 
 
 @click.group()
@@ -29,13 +21,13 @@ def create(name: str, project: str) -> None:
 
     NAME says whose it is; events tell it as their actor.
     """
-    click.echo(_with_database(lambda database: create_key(database, project, name)))
+    click.echo(with_database(lambda database: create_key(database, project, name)))
 
 
 @key.command("list")
 def list_() -> None:
     """List the keys: id, project, name, when made, whether revoked."""
-    for row in _with_database(list_keys):
+    for row in with_database(list_keys):
         click.echo("\t".join(row))
 
 
@@ -43,19 +35,5 @@ def list_() -> None:
 @click.argument("key_id")
 def revoke(key_id: str) -> None:
     """Revoke a key by its id. Servers trust what they have seen for ten seconds more."""
-    if not _with_database(lambda database: revoke_key(database, key_id)):
+    if not with_database(lambda database: revoke_key(database, key_id)):
         raise click.ClickException(f"no key {key_id} that is not revoked; see `mailgrpc key list`")
-
-
-def _with_database(work: Callable[[Database], Awaitable[T]]) -> T:
-    settings = running.found(load())
-
-    async def run() -> T:
-        database = Database(settings.database_url, pool_size=1)
-        try:
-            return await work(database)
-        finally:
-            await database.close()
-
-    with told():
-        return asyncio.run(run())

@@ -52,6 +52,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "key": Entry(
             "Make, list and revoke API keys. Asks the database, not the server.", "server"
         ),
+        "workers": Entry("List the worker sessions. Asks the database, not the server.", "server"),
         "config": Entry("Print all settings, secrets hidden."),
         "doctor": Entry("Check all that mailgrpc needs.", "server"),
     },

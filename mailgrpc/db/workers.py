@@ -81,6 +81,35 @@ async def read_sessions(db: Database) -> list[SessionRow]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A session and what it holds, by the clock of the database."""
+
+    session: SessionRow
+    beat_age_s: float
+    claimed: int  # leased, SENDING included
+    sending: int
+
+
+async def read_loads(db: Database) -> list[Load]:
+    """What `mailgrpc workers` lists. Reads all of `due`, which has no index on sessions."""
+    sessions = {s.session_id: s for s in await read_sessions(db)}
+    rows = await db.fetch(
+        """SELECT w.id, extract(epoch FROM clock_timestamp() - w.beat_at)::float8 AS beat_age_s,
+               coalesce(q.claimed, 0) AS claimed, coalesce(q.sending, 0) AS sending
+           FROM workers w LEFT JOIN (
+               SELECT q.session_id, count(*) AS claimed,
+                   count(*) FILTER (WHERE d.state = 2) AS sending
+               FROM due q LEFT JOIN deliveries d ON d.id = q.delivery_id
+               WHERE q.session_id IS NOT NULL GROUP BY q.session_id) q ON q.session_id = w.id
+           WHERE w.id = ANY ($1::bigint[]) ORDER BY w.started_at, w.id""",
+        list(sessions),
+    )
+    return [
+        Load(sessions[row["id"]], row["beat_age_s"], row["claimed"], row["sending"]) for row in rows
+    ]
+
+
 async def end_session(db: Database, session_id: int, seen_beat: int | None = None) -> bool:
     """End a session; with `seen_beat` only if it has not beaten since. Whether it is ended now.
 

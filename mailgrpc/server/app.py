@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = mail_service_pb2.DESCRIPTOR.services_by_name["MailService"].full_name
 WORKERS = "mailgrpc.workers"
-"""The name under which health tells whether some worker lives."""
+"""The name under which health tells whether some worker lives and starts mail."""
 _HEALTH_EVERY_S = 2.0
 # What is somewhat too large is still received, so that it is refused with details (interceptors).
 _RECEIVED_BYTES = MAX_REQUEST_BYTES * 6 // 5
@@ -46,17 +46,17 @@ _TOLD_BY_REFLECTION = (error_details_pb2, status_pb2)
 
 
 class Witness:
-    """Tells whether worker sessions live, by the clock of this process alone.
+    """Tells whether some worker works, by the clock of this process alone.
 
-    Who ends a silent session is a worker, and the last one has nobody left to do that.
+    Who ends a silent session is a worker, and the last one has nobody left to do that. One that
+    says it starts nothing, because its journal cannot be written, does not count.
     """
 
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
+    def __init__(self) -> None:
         self._seen: dict[int, tuple[int, float]] = {}
 
-    def any_lives(self, sessions: Sequence[SessionRow], now: float) -> bool:
-        """Whether one of the sessions that have not ended was seen to beat within the lease.
+    def any_works(self, sessions: Sequence[SessionRow], now: float) -> bool:
+        """Whether a session that has not ended and starts mail was seen to beat within its lease.
 
         One that is new here has until then to show a beat.
         """
@@ -68,7 +68,12 @@ class Witness:
                     session.beat,
                     since if beat == session.beat else now,
                 )
-        return any(now - since < self._lease_s for _, since in self._seen.values())
+        return any(
+            session.session_id in self._seen
+            and now - self._seen[session.session_id][1] < session.lease_s
+            and not session.held
+            for session in sessions
+        )
 
     def forget(self) -> None:
         """The sessions could not be seen: their silence until now means nothing."""
@@ -117,7 +122,7 @@ class MailServer:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._witness = Witness(settings.lease_s)
+        self._witness = Witness()
 
     async def start(self) -> HostPort:
         """Listen; where. Raises SettingsError, SchemaError, StoreUnavailable."""
@@ -215,7 +220,7 @@ class MailServer:
         try:
             sessions = await read_sessions(self._database)
             now = asyncio.get_running_loop().time()
-            store, worker = True, self._witness.any_lives(sessions, now)
+            store, worker = True, self._witness.any_works(sessions, now)
         except Exception as error:
             if not isinstance(error, StoreUnavailable):
                 log.exception("the health check failed")

@@ -104,8 +104,8 @@ async def test_health_tells_that_the_last_worker_died_without_a_word(
     settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "_HEALTH_EVERY_S", 0.02)
-    await open_session(db, "killed", ["default"])
-    async with Gateway(replace(settings, lease_s=0.3), worker=False) as gateway:
+    await open_session(db, "killed", ["default"], lease_s=0.3)
+    async with Gateway(settings, worker=False) as gateway:
         assert await health(gateway, WORKERS) == SERVING
         async with asyncio.timeout(PATIENCE_S):
             while await health(gateway, WORKERS) == SERVING:
@@ -114,21 +114,22 @@ async def test_health_tells_that_the_last_worker_died_without_a_word(
 
 
 def test_a_session_lives_as_long_as_its_beat_moves() -> None:
-    def session(number: int, beat: int, *, ended: bool = False) -> SessionRow:
+    def session(number: int, beat: int, *, ended: bool = False, held: str = "") -> SessionRow:
         now = datetime(2026, 1, 1, tzinfo=UTC)
-        return SessionRow(number, "", (), now, beat, now, now if ended else None)
+        return SessionRow(number, "", (), now, beat, now, now if ended else None, 10.0, held, ())
 
-    witness = Witness(10.0)
-    assert not witness.any_lives([], 0.0)
-    assert witness.any_lives([session(1, 5)], 100.0)
-    assert witness.any_lives([session(1, 5)], 109.0)
-    assert not witness.any_lives([session(1, 5)], 110.0)
-    assert not witness.any_lives([session(1, 5)], 120.0)
-    assert witness.any_lives([session(1, 6)], 121.0)
-    assert witness.any_lives([session(1, 6), session(2, 0)], 131.0)
-    assert not witness.any_lives([session(1, 6), session(2, 1, ended=True)], 132.0)
+    witness = Witness()
+    assert not witness.any_works([], 0.0)
+    assert witness.any_works([session(1, 5)], 100.0)
+    assert witness.any_works([session(1, 5)], 109.0)
+    assert not witness.any_works([session(1, 5)], 110.0)
+    assert not witness.any_works([session(1, 5)], 120.0)
+    assert witness.any_works([session(1, 6)], 121.0)
+    assert witness.any_works([session(1, 6), session(2, 0)], 131.0)
+    assert not witness.any_works([session(1, 6), session(2, 1, ended=True)], 132.0)
     witness.forget()  # the store was away, and the beats with it
-    assert witness.any_lives([session(1, 6)], 200.0)
+    assert witness.any_works([session(1, 6)], 200.0)
+    assert not witness.any_works([session(1, 7, held="its journal's disk is full")], 201.0)
 
 
 async def test_stop_takes_no_longer_than_its_grace(

@@ -263,7 +263,7 @@ async def test_a_directory_that_cannot_be_made_is_trouble(tmp_path: Path) -> Non
 
 
 _TIMES = st.datetimes(
-    min_value=datetime(1990, 1, 1), max_value=datetime(2200, 1, 1), timezones=st.just(UTC)
+    NOW.replace(year=1990, tzinfo=None), NOW.replace(year=2200, tzinfo=None), timezones=st.just(UTC)
 )
 _TEXT = st.text(max_size=1024)
 RECORDED = st.builds(
