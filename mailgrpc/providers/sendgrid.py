@@ -13,11 +13,11 @@ channel as a whole (`of_channel`).
 
     no free connection        DEFERRED     TIMEOUT; see smtp.py for why it is not the channel's
     connecting              * DEFERRED     DNS, CONNECTION, TLS or TIMEOUT
-    after the first byte      UNKNOWN      CONNECTION or TIMEOUT, where no answer came
+    after the first byte      UNKNOWN      CONNECTION or TIMEOUT; PROVIDER: the answer is not HTTP
     202                       ACCEPTED     provider_message_id is X-Message-Id
     307, 308                  DEFERRED     PROVIDER: say it elsewhere (sendgrid_answers.py)
     400                       REJECTED     CONTENT; see below for groups
-    401, 403                * DEFERRED     CREDENTIALS; without the star where a field is named
+    401, 403                * DEFERRED     CREDENTIALS; a 403 that names a field has no star
     403 that names `from`     REJECTED     SENDER: not a verified sender identity
     413                       REJECTED     TOO_LARGE
     408                       DEFERRED     TIMEOUT
@@ -273,6 +273,8 @@ def _failure(error: Exception, outcome: Outcome, *, of_channel: bool = False) ->
     cause = Cause.CONNECTION
     if isinstance(error, (httpx.TimeoutException, TimeoutError)):
         cause = Cause.TIMEOUT
+    elif isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in str(error):
+        cause = Cause.PROVIDER
     elif any(isinstance(link, ssl.SSLError) for link in chain):
         cause = Cause.TLS
     elif any(isinstance(link, (socket.gaierror, UnicodeError)) for link in chain):

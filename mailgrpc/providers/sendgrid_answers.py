@@ -3,8 +3,8 @@
 An error's body is `{"errors": [{"message": …, "field": …, "help": …}]}`; `field` is null or a path
 such as `personalizations.0.to.0.email`.
 
-The channel as a whole (`of_channel`) is what 401, 403 and 429 speak of, where no error names a field:
-the key and its rates are every mail's. An error with a field is about something in this request.
+The channel as a whole (`of_channel`) is what 401, 403 and 429 speak of: the key and its rates are
+every mail's. But a 403 with a field is about something in this request.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def result_of(answer: Answer) -> Result:
         text="" if status == 202 else error_text(answer),
         provider_message_id=result_text(answer.headers.get("X-Message-Id", ""))[:128],
         retry_after=retry_after(answer) if outcome is Outcome.DEFERRED else None,
-        of_channel=status in _OF_CHANNEL and outcome is Outcome.DEFERRED and not any(fields),
+        of_channel=status in _OF_CHANNEL and not (status == 403 and any(fields)),
     )
 
 

@@ -216,20 +216,21 @@ def _address_literal(sockname: tuple[str, int]) -> str:
 
 def _failure(error: Exception) -> Result:
     """What a handshake that failed means; aiosmtplib keeps the root as the cause of its error."""
-    root = error.__cause__ if isinstance(error.__cause__, OSError) else error
+
+    def is_a(*kinds: type[BaseException]) -> bool:
+        return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
+
     if isinstance(error, aiosmtplib.SMTPAuthenticationError):
         return result_of(_reply(error), Stage.LOG_IN)
     if isinstance(error, aiosmtplib.SMTPResponseException):
         return result_of(_reply(error), Stage.HANDSHAKE)
-    if isinstance(root, ssl.SSLError):
+    if is_a(ssl.SSLError):
         cause = Cause.TLS
-    elif isinstance(root, (socket.gaierror, UnicodeError)):  # the latter: no IDNA name
+    elif is_a(socket.gaierror, UnicodeError):  # the latter: no host has such a name
         cause = Cause.DNS
-    elif isinstance(error, TimeoutError) or isinstance(
-        root, (TimeoutError, ConnectionAbortedError)
-    ):
-        cause = Cause.TIMEOUT  # the last: how asyncio ends a handshake of TLS that takes too long
-    elif isinstance(root, OSError):
+    elif is_a(TimeoutError, ConnectionAbortedError):
+        cause = Cause.TIMEOUT  # the latter: how asyncio ends a handshake of TLS that takes too long
+    elif is_a(OSError):
         cause = Cause.CONNECTION
     else:
         cause = Cause.PROVIDER

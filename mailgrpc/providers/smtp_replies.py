@@ -141,9 +141,9 @@ _BY_CODE: Mapping[tuple[int, Stage | None], Cause] = {
 
 _LOG_IN_CODES = frozenset({530, 534, 535, 538})
 
-_ABOUT_THE_MAIL = frozenset(
-    {Cause.BAD_ADDRESS, Cause.MAILBOX_FULL, Cause.SENDER, Cause.CONTENT, Cause.TOO_LARGE}
-)
+_ABOUT_THE_MAIL = re.compile(r"4\.(?:[126]\.\d+|3\.4|5\.3|7\.2[0-7])")
+"""Enhanced codes about an address, a mailbox, the content, its size, how many recipients it has, or
+who its sender says to be."""
 
 
 def result_of(reply: Reply, stage: Stage) -> Result:
@@ -195,7 +195,7 @@ def _is_of_channel(reply: Reply, stage: Stage, cause: Cause) -> bool:
         return True
     if reply.code != 421 or stage is Stage.CONTENT:
         return False
-    return cause not in _ABOUT_THE_MAIL and reply.enhanced_code != "4.5.3"
+    return not _ABOUT_THE_MAIL.fullmatch(reply.enhanced_code)
 
 
 def _cause(reply: Reply, stage: Stage) -> Cause:
