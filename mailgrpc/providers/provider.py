@@ -6,9 +6,18 @@ that a delivery was not accepted, the outcome is UNKNOWN; a wrong DEFERRED here 
 to somebody, a wrong UNKNOWN only a question.
 
     phase                                       failure means
-    resolve, connect, TLS, greeting, log-in     DEFERRED or REJECTED: nothing was said yet
+    waiting for a free connection               DEFERRED: nothing was said yet
+    resolve, connect, TLS, greeting, log-in     DEFERRED, of_channel: the same for every mail
     before the last look                        DEFERRED or REJECTED: no message was given
     from the first byte after the last look     UNKNOWN, unless the answer itself is a refusal
+    an answer, wherever it comes                by itself; of_channel where it says that no mail
+                                                fares better now: credentials, rates, leaving
+
+`of_channel` stands with DEFERRED alone, because what it stops is tried again without using up an
+attempt. It is set only where the failure cannot be about this mail or this recipient: one mail that
+breaks a server, or is refused in the words of a busy one, would else hold up all others for days.
+Where that is not certain it is not set, and the mail pays with an attempt; if it is the channel,
+the next connection tells. Waiting for a connection is of our own making, never of the channel's.
 
 The last look (`SendCall.last_look`) is asked at the last point that still proves non-sending:
 before the write that holds the final dot, or before the first byte of an HTTP request. A provider

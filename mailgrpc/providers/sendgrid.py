@@ -8,26 +8,34 @@
     connect_timeout    seconds to connect (10)
 
 What is promised. The last look is asked when a connection stands and before the first byte of the
-request, by a hook in the HTTP client. The same hook divides what a failure proves:
+request, by a hook in the HTTP client. The same hook divides what a failure proves. With a star: the
+channel as a whole (`of_channel`).
 
-    before the first byte     DEFERRED     DNS, CONNECTION, TLS, TIMEOUT (also: no free connection)
-    after it, no answer       UNKNOWN      CONNECTION or TIMEOUT
+    no free connection        DEFERRED     TIMEOUT; see smtp.py for why it is not the channel's
+    connecting              * DEFERRED     DNS, CONNECTION, TLS or TIMEOUT
+    after the first byte      UNKNOWN      CONNECTION or TIMEOUT; PROVIDER: the answer is not HTTP
     202                       ACCEPTED     provider_message_id is X-Message-Id
+    307, 308                  DEFERRED     PROVIDER: say it elsewhere (sendgrid_answers.py)
     400                       REJECTED     CONTENT; see below for groups
-    401, 403                  DEFERRED     CREDENTIALS: the channel is wrong, not the mail
+    401, 403                * DEFERRED     CREDENTIALS; a 403 that names a field has no star
     403 that names `from`     REJECTED     SENDER: not a verified sender identity
     413                       REJECTED     TOO_LARGE
     408                       DEFERRED     TIMEOUT
-    429                       DEFERRED     RATE_LIMITED, by Retry-After or X-RateLimit-Reset
+    429                     * DEFERRED     RATE_LIMITED, by Retry-After or X-RateLimit-Reset
     another 4xx               DEFERRED     PROVIDER: the wrong host or path
     5xx                       UNKNOWN      PROVIDER: nothing documents that it was not accepted
     anything else             UNKNOWN      PROVIDER: 202 alone says that the mail was taken
+
+An answer counts from the end of its header on, whatever becomes of the rest. One that breaks off
+within the header does not, although its status was read: RFC 9112, 8 forbids to rely on it.
+1xx is no answer and is read past.
 
 What can go wrong.
 - One bad address makes SendGrid refuse the whole request with 400. That proves that nobody was
   sent anything, so the recipients are tried one by one within the same call, each after a look of
   its own. Where every error names a field outside the personalizations, it is the message that is
-  wrong, and no such retry is made.
+  wrong, and no such retry is made. The first of them that fails for the whole channel ends it for
+  those behind it, and so does the end of the attempt's time.
 - A kept connection that the server has closed: the request's bytes may have met a dead socket, or
   may not. That is UNKNOWN, however likely it is that nothing was read. It is made rare: a
   connection is reused for 5 s at most, and the pool looks for the server's FIN before each use.
@@ -42,7 +50,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -151,9 +159,10 @@ class SendGridProvider:
         result, is_divisible = await self._request(call, call.addressees, deadline)
         if not is_divisible or len(call.addressees) == 1:
             return everyone(call, result)
-        results = []
+        results: list[Result] = []
         for addressee in call.addressees:
-            result, _ = await self._request(call, [addressee], deadline)
+            if not result.of_channel:
+                result, _ = await self._request(call, [addressee], deadline)
             results.append(result)
         return results
 
@@ -166,31 +175,32 @@ class SendGridProvider:
         except ValueError as error:
             text = result_text(str(error))
             return Result(Outcome.REJECTED, Cause.CONTENT, text=text), False
-        gate = _Gate(call)
+        gate = _Gate(call.last_look, deadline)
+        request = self._client.build_request(
+            "POST", "/v3/mail/send", content=body, extensions={"trace": gate.trace}
+        )
         try:
-            async with asyncio.timeout_at(deadline):
-                request = self._client.build_request(
-                    "POST", "/v3/mail/send", content=body, extensions={"trace": gate.trace}
-                )
-                answer = await self._answer(request)
+            answer = await self._answer(request, deadline)
         except _LookedAway:
             return worker_lost(), False
-        except (httpx.HTTPError, ssl.SSLError, OSError) as error:
-            return _failure(error, gate.has_begun), False
+        except _IO_ERRORS as error:
+            return gate.failure(error), False
         return result_of(answer), answer.status == 400 and concerns_recipients(answer)
 
-    async def _answer(self, request: httpx.Request) -> Answer:
+    async def _answer(self, request: httpx.Request, deadline: float) -> Answer:
         """The answer, as soon as its status is known: a body that breaks off changes nothing."""
-        response = await self._client.send(request, stream=True)
+        async with asyncio.timeout_at(deadline):
+            response = await self._client.send(request, stream=True)
         failpoints.reach("http.answered")
         body = bytearray()
+        body_deadline = min(deadline, asyncio.get_running_loop().time() + BODY_S)
         try:
-            async with asyncio.timeout(BODY_S):
+            async with asyncio.timeout_at(body_deadline):
                 async for block in response.aiter_bytes(MAX_BODY):
                     body += block
                     if len(body) >= MAX_BODY:
                         break
-        except (httpx.HTTPError, TimeoutError):
+        except _IO_ERRORS:
             pass
         finally:
             await response.aclose()
@@ -199,11 +209,11 @@ class SendGridProvider:
     async def probe(self) -> str:
         """Ask which scopes the key has; it needs `mail.send`."""
         host = self._client.base_url.host
+        deadline = asyncio.get_running_loop().time() + self._attempt_timeout_s
         try:
-            async with asyncio.timeout(self._attempt_timeout_s):
-                answer = await self._answer(self._client.build_request("GET", "/v3/scopes"))
-        except (httpx.HTTPError, OSError) as error:
-            failure = _failure(error, has_begun=False)
+            answer = await self._answer(self._client.build_request("GET", "/v3/scopes"), deadline)
+        except _IO_ERRORS as error:
+            failure = _failure(error, Outcome.DEFERRED)
             raise ProbeFailed(f"{host}: {failure.cause.name}: {failure.text}") from None
         if answer.status in (401, 403):
             raise ProbeFailed(f"{host}: the API key is refused: {error_text(answer)}")
@@ -222,37 +232,55 @@ class _LookedAway(Exception):
     """The last look said no."""
 
 
+_IO_ERRORS = (httpx.HTTPError, OSError, UnicodeError)
+"""What a request may raise: httpx lets errors of TLS (an OSError) and of host names that are none
+(UnicodeError, by the resolver) through as they are."""
+
+
 class _Gate:
     """The hook that stands where the first byte of a request is written."""
 
-    def __init__(self, call: SendCall) -> None:
-        self._last_look = call.last_look
-        self.has_begun = False
+    def __init__(self, last_look: Callable[[], bool], deadline: float) -> None:
+        self._last_look = last_look
+        self._deadline = deadline
+        self._is_connecting = False
+        self._has_begun = False
 
     async def trace(self, event: str, info: dict[str, Any]) -> None:  # noqa: ARG002  httpcore's
         """Called by httpcore at each step; what it raises ends the request."""
-        if event == "http11.send_request_headers.started":
+        if event == "connection.connect_tcp.started":
+            self._is_connecting = True
+        elif event == "http11.send_request_headers.started":
+            self._is_connecting = False
+            # A request that has no time left is not begun: cut off, it would prove nothing.
+            if asyncio.get_running_loop().time() >= self._deadline:
+                raise TimeoutError("the time of the attempt was over before the request")
             if not self._last_look():
                 raise _LookedAway
             failpoints.reach("http.request")
-            self.has_begun = True
+            self._has_begun = True
         elif event == "http11.send_request_body.complete":
             failpoints.reach("http.requested")
 
+    def failure(self, error: Exception) -> Result:
+        """What it means that the request had no answer."""
+        outcome = Outcome.UNKNOWN if self._has_begun else Outcome.DEFERRED
+        return _failure(error, outcome, of_channel=self._is_connecting)
 
-def _failure(error: Exception, has_begun: bool) -> Result:
-    """What it means that there was no answer. `has_begun`: bytes of the request may be out."""
+
+def _failure(error: Exception, outcome: Outcome, *, of_channel: bool = False) -> Result:
     chain = _chain(error)
     cause = Cause.CONNECTION
     if isinstance(error, (httpx.TimeoutException, TimeoutError)):
         cause = Cause.TIMEOUT
+    elif isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in str(error):
+        cause = Cause.PROVIDER
     elif any(isinstance(link, ssl.SSLError) for link in chain):
         cause = Cause.TLS
-    elif any(isinstance(link, socket.gaierror) for link in chain):
+    elif any(isinstance(link, (socket.gaierror, UnicodeError)) for link in chain):
         cause = Cause.DNS
-    outcome = Outcome.UNKNOWN if has_begun else Outcome.DEFERRED
     text = str(error) or ("no answer in time" if cause is Cause.TIMEOUT else type(error).__name__)
-    return Result(outcome, cause, text=result_text(text))
+    return Result(outcome, cause, text=result_text(text), of_channel=of_channel)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

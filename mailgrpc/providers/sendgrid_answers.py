@@ -2,6 +2,9 @@
 
 An error's body is `{"errors": [{"message": …, "field": …, "help": …}]}`; `field` is null or a path
 such as `personalizations.0.to.0.email`.
+
+The channel as a whole (`of_channel`) is what 401, 403 and 429 speak of: the key and its rates are
+every mail's. But a 403 with a field is about something in this request.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from mailgrpc.core.delivery import Cause, Outcome, Result, result_text
 
 LONGEST_WAIT = timedelta(days=1)
 
+_OF_CHANNEL = frozenset({401, 403, 429})
+
 _BY_STATUS = {
     202: (Outcome.ACCEPTED, Cause.UNSPECIFIED),
     400: (Outcome.REJECTED, Cause.CONTENT),
@@ -27,6 +32,11 @@ _BY_STATUS = {
     413: (Outcome.REJECTED, Cause.TOO_LARGE),
     429: (Outcome.DEFERRED, Cause.RATE_LIMITED),
 }
+
+_REPEAT_ELSEWHERE = frozenset({307, 308})
+"""RFC 9110, 15.4.8 and 15.4.9: whoever follows says the same POST again at another place. A server
+that had taken the mail would have it sent twice by everybody who does. The other redirects may be
+followed by GET: 303 is even the answer to a POST that was carried out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,8 @@ class Answer:
 def result_of(answer: Answer) -> Result:
     """The result for all recipients of the request."""
     status = answer.status
-    fallback = Outcome.DEFERRED if 400 <= status < 500 else Outcome.UNKNOWN
+    is_refusal = 400 <= status < 500 or status in _REPEAT_ELSEWHERE
+    fallback = Outcome.DEFERRED if is_refusal else Outcome.UNKNOWN
     outcome, cause = _BY_STATUS.get(status, (fallback, Cause.PROVIDER))
     fields = answer.fields
     if status == 403 and any(map(_is_sender, fields)):
@@ -71,6 +82,7 @@ def result_of(answer: Answer) -> Result:
         text="" if status == 202 else error_text(answer),
         provider_message_id=result_text(answer.headers.get("X-Message-Id", ""))[:128],
         retry_after=retry_after(answer) if outcome is Outcome.DEFERRED else None,
+        of_channel=status in _OF_CHANNEL and not (status == 403 and any(fields)),
     )
 
 

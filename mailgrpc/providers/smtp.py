@@ -7,7 +7,8 @@ What is promised. A call is one transaction on one connection of a pool: one MAI
 for each addressee, one DATA. Recipients refused alone are REJECTED or DEFERRED alone, the others
 get the mail. Every failure before the final dot is proof that nothing was sent; after it only the
 server's answer is (`smtp_session.py`). The server's words become outcome and cause by one table
-(`smtp_replies.py`). Connecting and logging in never end a mail: they defer it (`smtp_pool.py`).
+(`smtp_replies.py`). Connecting and logging in never end a mail: they defer it, as a failure of the
+channel as a whole (`smtp_pool.py`).
 
 What can go wrong, beyond that:
 
@@ -17,6 +18,9 @@ What can go wrong, beyond that:
     an idle connection turns out dead at MAIL FROM     a fresh one, once
     no free connection within the time of the attempt  DEFERRED   TIMEOUT
     the task is cancelled                              the connection is dropped
+
+That no connection was free is not of the channel: all of them are at work on other mails, whose own
+results tell how it is. It says how much is asked of us, and a pause would not make that less.
 
 SMTPUTF8 (RFC 6531): where an address in the header or the sender's is not ASCII, nobody can get
 this mail here, since changing the header is not ours. Where only a recipient in Bcc is not, that

@@ -2,12 +2,13 @@
 
 aiosmtplib does what comes before the first mail: connect, greeting, EHLO, STARTTLS, AUTH. Then its
 transport changes hands (`SmtpWire.take_over`), at a moment when no reply is due. Everything that
-fails until then proves that nothing was sent and says nothing about the mail: DEFERRED.
+fails until then proves that nothing was sent and says nothing about the mail: DEFERRED, and of the
+channel as a whole (`of_channel`), since every mail begins here.
 
     cannot be resolved                                    DNS
     refused, reset, no route                              CONNECTION
     no connection, greeting or answer in time             TIMEOUT
-    certificate or handshake fails, STARTTLS not offered  TLS
+    certificate or handshake fails, STARTTLS not offered  TLS, also where `ca_file` cannot be read
     log-in refused or not offered                         CREDENTIALS
     greeting or EHLO refused                              by the reply (smtp_replies)
 
@@ -23,6 +24,7 @@ import socket
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import aiosmtplib
 
@@ -126,7 +128,24 @@ class SmtpPool:
 
     async def connect(self, deadline: float) -> SmtpWire:
         """A fresh connection, logged in. Raises HandshakeFailed."""
-        client = aiosmtplib.SMTP(
+        client = None
+        try:
+            client = self._client()
+            async with asyncio.timeout_at(deadline):
+                await self._handshake(client)
+            if client.transport is None:
+                raise aiosmtplib.SMTPServerDisconnected("closed after the handshake")
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            _drop(client)
+            raise HandshakeFailed(_failure(error)) from error
+        except BaseException:
+            _drop(client)
+            raise
+        return SmtpWire.take_over(client.transport, client.esmtp_extensions, self.server.timeout_s)
+
+    def _client(self) -> aiosmtplib.SMTP:
+        """Raises OSError where `ca_file` has gone, ValueError where this host's name is no name."""
+        return aiosmtplib.SMTP(
             hostname=self.server.host,
             port=self.server.port,
             local_hostname=self.server.helo or socket.gethostname(),
@@ -135,25 +154,16 @@ class SmtpPool:
             start_tls=False,
             tls_context=None if self.server.tls == "none" else self._context(),
         )
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._handshake(client)
-            if client.transport is None:
-                raise aiosmtplib.SMTPServerDisconnected("closed after the handshake")
-        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
-            client.close()
-            raise HandshakeFailed(_failure(error)) from error
-        except BaseException:
-            client.close()
-            raise
-        return SmtpWire.take_over(client.transport, client.esmtp_extensions, self.server.timeout_s)
 
     async def _handshake(self, client: aiosmtplib.SMTP) -> None:
         server = self.server
         await client.connect(timeout=server.connect_timeout_s)
         if not server.helo and "." not in socket.gethostname():
             # RFC 5321, 4.1.1.1: without a meaningful name, the address as a literal.
-            client.local_hostname = _address_literal(client.get_transport_info("sockname"))
+            sockname = client.get_transport_info("sockname")
+            if not sockname:
+                raise aiosmtplib.SMTPServerDisconnected("closed after the greeting")
+            client.local_hostname = _address_literal(sockname)
         await client.ehlo()
         if server.tls in ("starttls", "offered"):
             if client.supports_extension("starttls"):
@@ -164,7 +174,7 @@ class SmtpPool:
         if server.user:
             try:
                 await client.login(server.user, server.password)
-            except aiosmtplib.SMTPAuthenticationError:
+            except aiosmtplib.SMTPResponseException:
                 raise
             except (aiosmtplib.SMTPServerDisconnected, aiosmtplib.SMTPTimeoutError):
                 raise
@@ -174,7 +184,10 @@ class SmtpPool:
     def _context(self) -> ssl.SSLContext:
         """Verifies certificate and name; made once, which takes 20 ms."""
         if self._tls_context is None:
-            self._tls_context = ssl.create_default_context(cafile=self.server.ca_file)
+            try:
+                self._tls_context = ssl.create_default_context(cafile=self.server.ca_file)
+            except OSError as error:
+                raise ssl.SSLError(f"cannot use {self.server.ca_file}: {error}") from error
         return self._tls_context
 
 
@@ -188,6 +201,14 @@ async def _quit(wire: SmtpWire) -> None:
         wire.abort()
 
 
+def _drop(client: aiosmtplib.SMTP | None) -> None:
+    """End a connection at once: a goodbye by TLS would wait for a peer that may be silent."""
+    if client is not None:
+        if client.transport is not None:
+            cast(asyncio.Transport, client.transport).abort()
+        client.close()
+
+
 def _address_literal(sockname: tuple[str, int]) -> str:
     address = sockname[0]
     return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
@@ -195,23 +216,26 @@ def _address_literal(sockname: tuple[str, int]) -> str:
 
 def _failure(error: Exception) -> Result:
     """What a handshake that failed means; aiosmtplib keeps the root as the cause of its error."""
-    root = error.__cause__ if isinstance(error.__cause__, OSError) else error
+
+    def is_a(*kinds: type[BaseException]) -> bool:
+        return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
+
     if isinstance(error, aiosmtplib.SMTPAuthenticationError):
         return result_of(_reply(error), Stage.LOG_IN)
     if isinstance(error, aiosmtplib.SMTPResponseException):
         return result_of(_reply(error), Stage.HANDSHAKE)
-    if isinstance(root, ssl.SSLError):
+    if is_a(ssl.SSLError):
         cause = Cause.TLS
-    elif isinstance(root, socket.gaierror):
+    elif is_a(socket.gaierror, UnicodeError):  # the latter: no host has such a name
         cause = Cause.DNS
-    elif isinstance(error, TimeoutError):
-        cause = Cause.TIMEOUT
-    elif isinstance(root, OSError):
+    elif is_a(TimeoutError, ConnectionAbortedError):
+        cause = Cause.TIMEOUT  # the latter: how asyncio ends a handshake of TLS that takes too long
+    elif is_a(OSError):
         cause = Cause.CONNECTION
     else:
         cause = Cause.PROVIDER
     text = str(error) or "no connection within the time given"
-    return Result(Outcome.DEFERRED, cause, text=result_text(text))
+    return Result(Outcome.DEFERRED, cause, text=result_text(text), of_channel=True)
 
 
 def _reply(error: aiosmtplib.SMTPResponseException) -> Reply:

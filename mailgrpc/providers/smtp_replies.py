@@ -25,6 +25,18 @@ Three replies are not what their first digit says. 530, 534, 535 and 538 (RFC 49
 our log-in or TLS, whatever the mail: DEFERRED. 552 to RCPT TO without an enhanced code is to be
 read as 452 (RFC 5321, 4.5.3.1.10). A positive reply of the wrong kind after the final dot is no
 proof of anything: UNKNOWN.
+
+A reply is about the channel as a whole (`of_channel`, always with DEFERRED) where it comes before
+any mail was spoken of, or says that no mail would fare better:
+
+    any refusal of greeting, EHLO or AUTH
+    MAIL FROM refused for our log-in or TLS    not RCPT TO: some servers ask it for some domains only
+    421 before the content                     the service is leaving (RFC 5321, 3.8), unless its
+                                               enhanced code is about an address, the sender, the
+                                               content, or too many recipients (4.5.3)
+
+After the content has begun no reply is: it may be about this mail. What else speaks against it is
+known to the transaction alone (`smtp_session.py`).
 """
 
 from __future__ import annotations
@@ -129,6 +141,10 @@ _BY_CODE: Mapping[tuple[int, Stage | None], Cause] = {
 
 _LOG_IN_CODES = frozenset({530, 534, 535, 538})
 
+_ABOUT_THE_MAIL = re.compile(r"4\.(?:[126]\.\d+|3\.4|5\.3|7\.2[0-7])")
+"""Enhanced codes about an address, a mailbox, the content, its size, how many recipients it has, or
+who its sender says to be."""
+
 
 def result_of(reply: Reply, stage: Stage) -> Result:
     """What `reply` means for the recipients that it is about."""
@@ -147,6 +163,7 @@ def result_of(reply: Reply, stage: Stage) -> Result:
         status_code=reply.code,
         enhanced_code=reply.enhanced_code,
         text=result_text(reply.text),
+        of_channel=_is_of_channel(reply, stage, cause),
     )
 
 
@@ -168,6 +185,17 @@ def _outcome(reply: Reply, stage: Stage, cause: Cause) -> Outcome:
     if cause is Cause.RATE_LIMITED:  # 5.5.3: the same recipients in smaller groups may pass
         return Outcome.DEFERRED
     return Outcome.REJECTED
+
+
+def _is_of_channel(reply: Reply, stage: Stage, cause: Cause) -> bool:
+    """Whether no other mail would fare better now. See the module."""
+    if stage in (Stage.HANDSHAKE, Stage.LOG_IN):
+        return True
+    if stage is Stage.MAIL and cause in (Cause.CREDENTIALS, Cause.TLS):
+        return True
+    if reply.code != 421 or stage is Stage.CONTENT:
+        return False
+    return not _ABOUT_THE_MAIL.fullmatch(reply.enhanced_code)
 
 
 def _cause(reply: Reply, stage: Stage) -> Cause:

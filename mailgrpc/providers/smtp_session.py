@@ -17,17 +17,29 @@ What can go wrong.
   drop the connection instead. A dot could deliver an empty mail on a server that is out of step.
 - The server answers while the content is still being written (too large, shutting down): before
   the dot that is a refusal, and the connection is dropped.
-- 421 at any time: the server is leaving. Who has no answer yet is deferred.
-- The server talks out of turn, endlessly, or not SMTP: the connection is broken, nothing else.
-- An idle connection was closed by the server: seen at the answer to MAIL FROM, as Stale. Nothing
-  was given yet, so the caller takes a fresh connection and begins again, once.
+- 421 at any time: the server is leaving. Who has no answer yet is deferred; what has been answered
+  stands, a refused MAIL FROM for all.
+- The server talks out of turn, endlessly, or not SMTP: the connection is broken, nothing else. A
+  3yz where none belongs, or a 2yz to DATA: it is out of step, and what it would take the next line
+  for is anybody's guess. The connection is dropped.
+- An idle connection was closed by the server, or its log-in has lapsed: seen at the answer to MAIL
+  FROM, as Stale. Nothing was given yet, so the caller takes a fresh connection and begins again,
+  once.
+- The time of the attempt is over when the dot would be due: it is not written any more.
+
+421 is about the channel as a whole on a fresh connection only, and only while nobody was refused
+here. Servers end connections that have served for long with it, and those of clients with too many
+errors (Postfix: `421 4.7.0 too many errors`): a mail with many bad recipients would stop all
+others. A connection that is lost, or silent, after the handshake is no such sign either, since
+a mail may be what breaks the server. If it is the channel, the next connection tells.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mailgrpc import failpoints
 from mailgrpc.core.delivery import Cause, Outcome, Result
@@ -58,6 +70,7 @@ class Envelope:
         for address in (self.sender, *self.recipients):
             if not _PATH.fullmatch(address):
                 raise ValueError("an address holds what cannot stand in an SMTP command")
+            address.encode()  # a lone surrogate cannot: UnicodeEncodeError, a ValueError
 
     def commands(self) -> list[bytes]:
         """MAIL FROM and the RCPT TOs, as lines."""
@@ -94,6 +107,8 @@ async def transact(
         result = await _send_content(wire, content, last_look, deadline)
     except _Ended as ended:
         result = ended.result
+        if is_reused or any(verdicts):
+            result = replace(result, of_channel=False)  # see the module
     except WireBroken as broken:
         result = Result(Outcome.DEFERRED, broken.cause, text=broken.text)
     return [verdict or result for verdict in verdicts]
@@ -114,21 +129,24 @@ async def _open(
         commands = [b""] * len(commands)
     else:
         first = await _first_reply(wire, commands[0], 1, is_reused, deadline)
-    refusal = None if first.is_positive else result_of(first, Stage.MAIL)
-    if refusal is not None and not pipelines:
-        await _end(wire, refusal, deadline)
+    if not first.is_positive:
+        for_all = result_of(first, Stage.MAIL)
+        verdicts[:] = [for_all] * len(verdicts)
+        if for_all.of_channel:
+            wire.abort()  # a later log-in may fare better, this one will not
+        if for_all.of_channel or not pipelines:
+            await _end(wire, for_all, deadline)
     for index, command in enumerate(commands[1:-1]):
         reply = await _ask(wire, command, Stage.RCPT, deadline)
-        if refusal is None and not reply.is_positive:
-            verdicts[index] = result_of(reply, Stage.RCPT)
-    if refusal is None and all(verdicts):
-        refusal = verdicts[-1]
-        if refusal is not None and not pipelines:
-            await _end(wire, refusal, deadline)
+        if not reply.is_positive:
+            verdicts[index] = verdicts[index] or result_of(reply, Stage.RCPT)
+    refusal = verdicts[-1] if all(verdicts) else None
+    if refusal is not None and not pipelines:
+        await _end(wire, refusal, deadline)
     data = await _ask(wire, commands[-1], Stage.DATA, deadline)
     if data.code == 354 and refusal is None:
         return
-    if data.code == 354:
+    if data.code < 400:
         wire.abort()  # see the module: a lone dot might deliver an empty mail
     await _end(wire, refusal or result_of(data, Stage.DATA), deadline)
 
@@ -144,7 +162,7 @@ async def _first_reply(
         if is_reused and broken.cause is Cause.CONNECTION:
             raise Stale from broken
         raise
-    if reply.code == 421 and is_reused:
+    if is_reused and (reply.code == 421 or result_of(reply, Stage.MAIL).of_channel):
         wire.abort()
         raise Stale
     return _unless_leaving(wire, reply, Stage.MAIL)
@@ -158,8 +176,8 @@ async def _ask(wire: SmtpWire, command: bytes, stage: Stage, deadline: float) ->
 
 
 def _unless_leaving(wire: SmtpWire, reply: Reply, stage: Stage) -> Reply:
-    """The reply; but 421 ends the transaction for all that have no answer yet."""
-    if reply.code == 421:
+    """The reply; but 421 and what is out of step end it for all that have no answer yet."""
+    if reply.code == 421 or (300 <= reply.code < 400 and stage is not Stage.DATA):
         wire.abort()
         raise _Ended(result_of(reply, stage))
     return reply
@@ -189,8 +207,13 @@ async def _send_content(
     if wire.has_reply:
         early = await wire.reply(deadline)
         wire.abort()
-        raise _Ended(result_of(early, Stage.DATA))
+        # With the content under way it may be about this mail: never the channel's.
+        raise _Ended(replace(result_of(early, Stage.DATA), of_channel=False))
     wire.raise_if_broken()
+    if asyncio.get_running_loop().time() >= deadline:
+        wire.abort()
+        text = "the time of the attempt was over before the mail could be ended"
+        raise _Ended(Result(Outcome.DEFERRED, Cause.TIMEOUT, text=text))
     if not last_look():
         wire.abort()  # ends the mail without the dot, which is the only way to take it back
         raise _Ended(worker_lost())
@@ -203,7 +226,7 @@ async def _send_content(
     except WireBroken as broken:
         return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)
     failpoints.reach("smtp.answered")
-    if reply.code == 421 or not 200 <= reply.code < 600:
+    if reply.code == 421 or 300 <= reply.code < 400:
         wire.abort()
     return result_of(reply, Stage.CONTENT)
 

@@ -2,7 +2,9 @@
 
 Every command in a write owes one reply, and a reply that nobody is owed breaks the wire, so that
 answers never get out of step with commands. Replies are bounded in lines and bytes. A wire breaks
-once, with the cause that came first, and is never mended: whoever holds it drops it.
+once, with the cause that came first, and is never mended: whoever holds it drops it. Replies that
+were complete before the break count, also where the connection ended right behind them; whatever
+comes after it is not read.
 
 It takes over the transport of a connection that aiosmtplib has opened, and works the same on
 asyncio's and uvloop's transports, plain and TLS.
@@ -47,6 +49,7 @@ class SmtpWire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reply_timeout_s = reply_timeout_s
         self._buffer = bytearray()
+        self._code = ""  # of the reply that is being read
         self._lines: list[str] = []
         self._reply_size = 0
         self._replies: deque[Reply] = deque()
@@ -149,7 +152,7 @@ class SmtpWire(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of replies, cut anywhere."""
         self._buffer += data
-        while (end := self._buffer.find(b"\n")) >= 0:
+        while self._broken is None and (end := self._buffer.find(b"\n")) >= 0:
             line = self._buffer[:end].decode("utf-8", "replace").rstrip("\r")
             del self._buffer[: end + 1]
             self._take_line(line)
@@ -158,13 +161,19 @@ class SmtpWire(asyncio.Protocol):
         self._wake()
 
     def _take_line(self, line: str) -> None:
-        """One line of a reply: three digits, then `-` where more follow (RFC 5321, 4.2.1)."""
+        """One line of a reply: three digits, then `-` where more follow (RFC 5321, 4.2.1).
+
+        All lines of a reply have the same code. One that says both 250 and 550 says nothing.
+        """
         code, rest = line[:3], line[3:]
         self._reply_size += len(line)
         if not _REPLY_LINE.match(line):
             return self._break(Cause.PROVIDER, f"not an SMTP reply: {line[:80]!r}")
         if self._reply_size > MAX_REPLY:
             return self._break(Cause.PROVIDER, "the server sent a reply without end")
+        if self._lines and code != self._code:
+            return self._break(Cause.PROVIDER, f"one reply with two codes: {self._code} and {code}")
+        self._code = code
         self._lines.append(rest[1:])
         if rest[:1] == "-":
             return None

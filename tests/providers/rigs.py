@@ -17,7 +17,7 @@ from mailgrpc.providers.sendgrid import SendGridProvider
 from mailgrpc.providers.smtp import SmtpProvider
 from mailgrpc.providers.smtp_pool import SmtpServer
 
-from .sendgrid_lookalike import SendGridLookalike
+from .sendgrid_lookalike import Planned, SendGridLookalike
 from .smtp_peer import SmtpPeer
 
 ATTEMPT_S = 3.0
@@ -50,6 +50,12 @@ class Rig(Protocol):
     async def vanish(self) -> None:
         """Make the peer refuse connections."""
 
+    def lock_out(self) -> None:
+        """Make the peer refuse our credentials from now on."""
+
+    def be_busy(self) -> None:
+        """Make the peer refuse the next call for being asked too much, whatever the mail."""
+
 
 class SmtpRig:
     refused, later = "refused@example.org", "later@example.org"
@@ -72,6 +78,12 @@ class SmtpRig:
 
     async def vanish(self) -> None:
         await self.peer.stop()
+
+    def lock_out(self) -> None:
+        self.peer.login = ("somebody", "else")
+
+    def be_busy(self) -> None:
+        self.peer.script["GREETING"] = ["421 4.7.0 too many connections"]
 
 
 class SendGridRig:
@@ -105,6 +117,12 @@ class SendGridRig:
     async def vanish(self) -> None:
         await self.peer.stop()
 
+    def lock_out(self) -> None:
+        self.peer.api_key = "SG.another"
+
+    def be_busy(self) -> None:
+        self.peer.plan.append(Planned(429))
+
 
 class CaptureRig:
     refused, later = "permerror@example.test", "temperror+1@example.test"
@@ -124,6 +142,12 @@ class CaptureRig:
         return 0
 
     async def vanish(self) -> None:
+        raise NotImplementedError
+
+    def lock_out(self) -> None:
+        raise NotImplementedError
+
+    def be_busy(self) -> None:
         raise NotImplementedError
 
 

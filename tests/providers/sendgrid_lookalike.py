@@ -3,8 +3,8 @@
 It checks each request against the documented rules (recipients, content, attachments, headers,
 categories, custom_args, the bearer key) and refuses with SendGrid's form of errors, or keeps it in
 a ledger. `plan` makes it misbehave: a status with headers, or SILENT (read, then say nothing),
-RESET_UNREAD (close before reading the request), RESET_READ (close after it). A plan is used up
-one by one. The addresses refused@, later@, silent@ and drop@ do the same for one request.
+RESET_UNREAD (close before reading the request), RESET_READ (close after it), DEAF (take nothing
+off the wire), or a `Raw` answer. A plan is used up one by one. The addresses refused@, later@, silent@ and drop@ do the same for one request.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import re
 import ssl
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from .smtp_peer import reset_on_close
+
 SILENT = "silent"
 RESET_UNREAD = "reset unread"
 RESET_READ = "reset read"
+DEAF = "deaf"
 
 RESERVED = re.compile(
     "x-sg-id|x-sg-eid|received|dkim-signature|content-type|content-transfer-encoding"
@@ -37,6 +41,18 @@ class Planned:
     body: bytes = b'{"errors":[{"message":"planned","field":null,"help":null}]}'
 
 
+@dataclass
+class Raw:
+    """Bytes to say when the request has been read, what to repeat, and how to end."""
+
+    said: bytes = b""
+    repeated: bytes = b""  # every few milliseconds, as long as there is somebody
+    resets: bool = False
+    stays: bool = False  # neither closes nor resets
+    beneath_tls: bytes = b""  # put on the socket as they are
+    unread: bool = False  # say it when only the first byte has been read
+
+
 class Refused(Exception):
     def __init__(self, field_path: str | None, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -48,10 +64,11 @@ class Refused(Exception):
 class SendGridLookalike:
     api_key: str = "SG.key"
     scopes: tuple[str, ...] = ("mail.send",)
-    plan: list[Planned | str] = field(default_factory=list)
+    plan: list[Planned | Raw | str] = field(default_factory=list)
     accepted: list[dict[str, Any]] = field(default_factory=list)
     requests: int = 0
     connections: int = 0
+    silences: int = 0  # how often it has begun to say nothing more
     port: int = 0
     tls: ssl.SSLContext | None = None
     _server: asyncio.Server | None = None
@@ -93,6 +110,13 @@ class SendGridLookalike:
         action = self.plan.pop(0) if self.plan else None
         if action == RESET_UNREAD:
             return False
+        if action == DEAF:
+            self.silences += 1
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.sleep(3600)
+        if isinstance(action, Raw) and action.unread:
+            await self._say_raw(action, writer)
+            return False
         head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         request_line, *lines = head.split("\r\n")
         headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
@@ -107,7 +131,11 @@ class SendGridLookalike:
         if action in (SILENT, RESET_READ):
             self.accepted.append(json.loads(body))
             if action == SILENT:
+                self.silences += 1
                 await asyncio.sleep(3600)
+            return False
+        if isinstance(action, Raw):
+            await self._say_raw(action, writer)
             return False
         answer = (
             action if isinstance(action, Planned) else self._answer(request_line, headers, body)
@@ -118,6 +146,23 @@ class SendGridLookalike:
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + answer.body)
         await writer.drain()
         return int(answer_headers["Content-Length"]) == len(answer.body)
+
+    async def _say_raw(self, raw: Raw, writer: asyncio.StreamWriter) -> None:
+        writer.write(raw.said)
+        await writer.drain()
+        socket = writer.get_extra_info("socket")
+        if raw.beneath_tls:
+            os.write(socket.fileno(), raw.beneath_tls)
+        self.silences += raw.stays
+        while raw.repeated and not writer.is_closing():
+            writer.write(raw.repeated)
+            await asyncio.sleep(0.01)
+        if raw.stays:
+            await asyncio.sleep(3600)
+        if raw.resets:
+            reset_on_close(writer)
+        else:
+            writer.close()
 
     def _answer(self, request_line: str, headers: dict[str, str], body: bytes) -> Planned:
         try:

@@ -2,8 +2,17 @@
 
 It keeps a ledger of what it took. What it answers is set by attributes before the connection, and
 by `script`: a command (`MAIL`, `RCPT`, `RCPT ann@example.org`, `DATA`, `DOT`, `GREETING`, `EHLO`,
-`AUTH`, `STARTTLS`, `RSET`, `QUIT`) to a reply line, or to DROP (close without a word) or STALL
-(say nothing more). A list is used up one by one, then the default comes back.
+`AUTH`, `STARTTLS`, `RSET`, `QUIT`) to a reply line, or to something else:
+
+    CLOSE   end the connection in order: FIN, under TLS after a close_notify
+    DROP    end it at once, without a word
+    RESET   end it by RST
+    STALL   say nothing more
+    DEAF    say nothing more, and take nothing more off the wire
+    DRIP    a line of a reply now and then, and no end to it
+
+`then(reply, RESET)` says the reply and does the other right behind it. A list is used up one by
+one, then the default comes back. `early` is said in the middle of the content.
 """
 
 from __future__ import annotations
@@ -11,18 +20,31 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import socket
 import ssl
+import struct
 from dataclasses import dataclass, field
 from typing import Self
 
+CLOSE = "close"
 DROP = "drop"
+RESET = "reset"
 STALL = "stall"
+DEAF = "deaf"
+DRIP = "drip"
+_SILENT = (STALL, DEAF, DRIP)
+_THEN = "\0then "
 _PATH = re.compile(r"<(.*)>")
+
+
+def then(reply: str, action: str) -> str:
+    """A reply with an action right behind it."""
+    return f"{reply}{_THEN}{action}"
 
 
 @dataclass
 class Taken:
-    """A mail that the server said 250 to, or would have before a DROP or STALL."""
+    """A mail that the server said 250 to, or would have before it fell silent or left."""
 
     sender: str
     recipients: list[str]
@@ -42,10 +64,11 @@ class SmtpPeer:
     implicit_tls: bool = False
     login: tuple[str, str] | None = None
     script: dict[str, str | list[str]] = field(default_factory=dict)
-    early: str = ""  # a reply in the middle of the content
+    early: str = ""
     taken: list[Taken] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     connections: int = 0
+    silences: int = 0  # how often it has begun to say nothing more
     open: set[asyncio.StreamWriter] = field(default_factory=set)
     port: int = 0
     _server: asyncio.Server | None = None
@@ -106,6 +129,12 @@ class SmtpPeer:
         return ""
 
 
+def reset_on_close(writer: asyncio.StreamWriter) -> None:
+    """Have the end of a connection be an RST."""
+    linger = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
 class _Dropped(Exception):
     pass
 
@@ -136,12 +165,37 @@ class _Session:
                 return
 
     async def _say(self, reply: str) -> None:
-        if reply == DROP:
-            raise _Dropped
-        if reply == STALL:
-            await asyncio.sleep(3600)
+        reply, _, action = reply.partition(_THEN)
+        if reply in _SILENT:
+            await self._fall_silent(reply)
+        if reply in (CLOSE, DROP, RESET):
+            await self._leave(reply)
         self.writer.write(reply.encode() + b"\r\n")
         await self.writer.drain()
+        if action:
+            await self._say(action)
+
+    async def _fall_silent(self, action: str) -> None:
+        self.peer.silences += 1
+        if action == DEAF:
+            self.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        if action == DRIP:
+            while not self.writer.is_closing():
+                self.writer.write(b"250-more\r\n")
+                await asyncio.sleep(0.02)
+            raise _Dropped
+        if action == STALL:
+            await self.reader.read()  # until the client hangs up
+            raise _Dropped
+        await asyncio.sleep(3600)
+
+    async def _leave(self, action: str) -> None:
+        if action == CLOSE:
+            self.writer.close()
+            await self.writer.wait_closed()
+        if action == RESET:
+            reset_on_close(self.writer)
+        raise _Dropped
 
     async def _answer(self, default: str, *names: str) -> bool:
         reply = self.peer.action(*names) or default
@@ -214,7 +268,7 @@ class _Session:
             self.sender, self.recipients, content, self.parameters, self.user, self.encrypted
         )
         reply = self.peer.action("DOT") or self._magic() or "250 2.0.0 Ok: queued as 4F2B71"
-        mail.answered = reply not in (DROP, STALL)
+        mail.answered = reply not in (CLOSE, DROP, RESET, *_SILENT)
         if reply.startswith("2") or not mail.answered:
             self.peer.taken.append(mail)
         self.sender, self.recipients = "", []

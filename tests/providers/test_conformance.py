@@ -1,16 +1,19 @@
-"""What every provider owes (`providers/provider.py`), asked of each of them alike."""
+"""What every provider owes (`providers/provider.py`), asked of each of them alike.
+
+Every result of every test here is held to what a result may say at all: see `held`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
 
-from mailgrpc.core.delivery import Cause, Outcome
+from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.message import Header
-from mailgrpc.providers.provider import ProbeFailed
+from mailgrpc.providers.provider import ProbeFailed, Provider, SendCall
 
 from .calls import call_of, call_to, message
 from .rigs import Rig, open_rig
@@ -21,7 +24,24 @@ ANN, BOB, CAT = "ann@example.org", "bob@example.org", "cat@example.org"
 @pytest_asyncio.fixture(params=["smtp", "smtp-stepwise", "sendgrid", "capture"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     async with open_rig(request.param) as rig:
+        rig.provider.send = held(rig.provider)  # type: ignore[method-assign]
         yield rig
+
+
+def held(provider: Provider) -> Callable[[SendCall], Awaitable[list[Result]]]:
+    """`send`, with what must hold for each result, whatever it is about."""
+    send = provider.send
+
+    async def send_and_hold(call: SendCall) -> list[Result]:
+        results = await send(call)
+        assert len(results) == len(call.addressees)
+        for result in results:
+            assert (result.outcome is Outcome.ACCEPTED) == (result.cause is Cause.UNSPECIFIED)
+            # What stops a channel is tried again without using up an attempt: only ever by proof.
+            assert not result.of_channel or result.outcome is Outcome.DEFERRED
+        return results
+
+    return send_and_hold
 
 
 async def test_a_mail_is_accepted_and_the_peer_has_it(rig: Rig) -> None:
@@ -87,6 +107,39 @@ async def test_a_refused_connection_is_deferred(rig: Rig) -> None:
     await rig.vanish()
     results = await rig.provider.send(call_to(ANN, BOB))
     assert [(r.outcome, r.cause) for r in results] == [(Outcome.DEFERRED, Cause.CONNECTION)] * 2
+    assert all(r.of_channel for r in results)
+
+
+async def test_refused_credentials_are_of_the_channel_as_a_whole(rig: Rig) -> None:
+    if not rig.has_network:
+        pytest.skip("has no credentials")
+    rig.lock_out()
+    results = await rig.provider.send(call_to(ANN, BOB))
+    assert [(r.outcome, r.cause) for r in results] == [(Outcome.DEFERRED, Cause.CREDENTIALS)] * 2
+    assert all(r.of_channel for r in results)
+
+
+async def test_a_busy_peer_is_of_the_channel_as_a_whole(rig: Rig) -> None:
+    if not rig.has_network:
+        pytest.skip("is never busy")
+    rig.be_busy()
+    results = await rig.provider.send(call_to(ANN, BOB))
+    assert [(r.outcome, r.cause) for r in results] == [(Outcome.DEFERRED, Cause.RATE_LIMITED)] * 2
+    assert all(r.of_channel for r in results)
+    assert rig.received() == []
+
+
+async def test_what_may_be_about_one_mail_or_recipient_is_never_of_the_channel(rig: Rig) -> None:
+    hostile = message(ANN, headers=(Header("X-Note", "a\r\nBcc: eve@example.org"),))
+    for call in (
+        call_to(rig.refused),
+        call_to(ANN, rig.refused),
+        call_to(rig.silent),
+        call_to(rig.drop),
+        call_to(ANN, last_look=lambda: False),
+        call_of(hostile),
+    ):
+        assert not any(r.of_channel for r in await rig.provider.send(call))
 
 
 async def test_a_last_look_that_says_no_sends_nothing(rig: Rig) -> None:

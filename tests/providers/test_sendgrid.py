@@ -29,6 +29,7 @@ from .sendgrid_lookalike import (
     RESET_UNREAD,
     SILENT,
     Planned,
+    Raw,
     SendGridLookalike,
     check_mail,
 )
@@ -52,7 +53,7 @@ async def provider_for(peer: SendGridLookalike, **settings: Any) -> AsyncIterato
         await provider.close()
 
 
-async def send_planned(*plan: Planned | str, **settings: Any) -> Result:
+async def send_planned(*plan: Planned | Raw | str, **settings: Any) -> Result:
     async with (
         SendGridLookalike(plan=list(plan)) as peer,
         provider_for(peer, **settings) as provider,
@@ -168,6 +169,10 @@ async def test_text_that_looks_like_an_api_key_is_rejected_and_not_raised() -> N
         (202, Outcome.ACCEPTED, Cause.UNSPECIFIED),
         (200, Outcome.UNKNOWN, Cause.PROVIDER),
         (302, Outcome.UNKNOWN, Cause.PROVIDER),
+        (303, Outcome.UNKNOWN, Cause.PROVIDER),
+        (307, Outcome.DEFERRED, Cause.PROVIDER),
+        (308, Outcome.DEFERRED, Cause.PROVIDER),
+        (400, Outcome.REJECTED, Cause.CONTENT),
         (401, Outcome.DEFERRED, Cause.CREDENTIALS),
         (403, Outcome.DEFERRED, Cause.CREDENTIALS),
         (404, Outcome.DEFERRED, Cause.PROVIDER),
@@ -180,8 +185,9 @@ async def test_text_that_looks_like_an_api_key_is_rejected_and_not_raised() -> N
     ],
 )
 async def test_what_a_status_means(status: int, outcome: Outcome, cause: Cause) -> None:
-    result = await send_planned(Planned(status))
+    result = await send_planned(Planned(status), Planned(status), Planned(status))
     assert (result.outcome, result.cause, result.status_code) == (outcome, cause, status)
+    assert result.of_channel == (status in (401, 403, 429))
 
 
 async def test_a_sender_that_is_not_verified_is_not_a_fault_of_the_channel() -> None:
@@ -189,6 +195,14 @@ async def test_a_sender_that_is_not_verified_is_not_a_fault_of_the_channel() -> 
     result = await send_planned(Planned(403, body=body))
     assert (result.outcome, result.cause) == (Outcome.REJECTED, Cause.SENDER)
     assert result.text == "from: not a verified Sender Identity"
+    assert not result.of_channel
+
+
+async def test_a_403_about_something_in_the_request_is_not_a_fault_of_the_channel() -> None:
+    body = b'{"errors":[{"message":"not allowed","field":"categories","help":null}]}'
+    result = await send_planned(Planned(403, body=body))
+    assert (result.outcome, result.cause) == (Outcome.DEFERRED, Cause.CREDENTIALS)
+    assert not result.of_channel
 
 
 @pytest.mark.parametrize(
@@ -265,6 +279,18 @@ async def test_a_400_about_the_content_is_not_tried_one_by_one() -> None:
     assert peer.requests == 1
 
 
+async def test_what_fails_for_the_whole_channel_ends_the_recipients_one_by_one() -> None:
+    plan: list[Planned | Raw | str] = [Planned(400), Planned(202), Planned(429)]
+    async with SendGridLookalike(plan=plan) as peer, provider_for(peer) as provider:
+        results = await provider.send(call_to(ANN, BOB, CAT))
+    assert [(r.outcome, r.of_channel) for r in results] == [
+        (Outcome.ACCEPTED, False),
+        (Outcome.DEFERRED, True),
+        (Outcome.DEFERRED, True),
+    ]
+    assert peer.requests == 3
+
+
 # Connections
 
 
@@ -285,6 +311,7 @@ async def test_no_free_connection_in_time_is_deferred() -> None:
         [second] = await provider.send(call_to(BOB))
         first.cancel()
     assert (second.outcome, second.cause) == (Outcome.DEFERRED, Cause.TIMEOUT)
+    assert not second.of_channel  # the others are at work, and tell how it is
 
 
 async def test_a_host_that_does_not_resolve_is_deferred() -> None:

@@ -135,6 +135,51 @@ async def test_421_in_the_middle_spares_the_verdicts_that_stand() -> None:
     ]
 
 
+async def test_a_refused_sender_stands_whatever_the_server_says_next() -> None:
+    for last in ("421 4.7.0 too many errors", DROP, "hello there"):
+        peer = SmtpPeer(script={"MAIL": "550 5.1.8 bad sender", "RCPT": last})
+        assert fates(await send_one(peer, ANN, BOB)) == [(Outcome.REJECTED, Cause.SENDER)] * 2
+
+
+async def test_421_is_of_the_channel_unless_it_could_be_about_this_mail() -> None:
+    """One mail with many bad recipients, or a sender that one server hates, stops no others."""
+    for reply, is_channel in [
+        ("421 4.3.2 shutting down", True),
+        ("421 too many connections", True),
+        ("421 4.1.8 that sender again", False),
+        ("421 4.2.2 mailbox full", False),
+        ("421 4.5.3 too many recipients", False),
+    ]:
+        results = await send_one(SmtpPeer(script={f"RCPT {BOB}": reply}), ANN, BOB)
+        assert [(r.outcome, r.of_channel) for r in results] == [(Outcome.DEFERRED, is_channel)] * 2
+    script: dict[str, str | list[str]] = {
+        f"RCPT {ANN}": "550 5.1.1 unknown",
+        f"RCPT {BOB}": "421 4.7.0 too many errors",
+    }
+    results = await send_one(SmtpPeer(script=script), ANN, BOB)
+    assert [(r.outcome, r.of_channel) for r in results] == [
+        (Outcome.REJECTED, False),
+        (Outcome.DEFERRED, False),
+    ]
+
+
+async def test_421_on_a_connection_that_has_served_is_not_of_the_channel() -> None:
+    async with SmtpPeer() as peer, provider_for(peer) as provider:
+        await provider.send(call_to(ANN))
+        peer.script["RCPT"] = ["421 4.7.0 enough for one connection"]
+        [result] = await provider.send(call_to(BOB))
+        assert (result.outcome, result.of_channel) == (Outcome.DEFERRED, False)
+        assert peer.connections == 1
+
+
+async def test_a_log_in_that_has_lapsed_is_made_again_unseen() -> None:
+    async with SmtpPeer() as peer, provider_for(peer) as provider:
+        await provider.send(call_to(ANN))
+        peer.script["MAIL"] = ["530 5.7.0 authentication required"]
+        assert fates(await provider.send(call_to(BOB))) == [(Outcome.ACCEPTED, Cause.UNSPECIFIED)]
+    assert peer.connections == 2
+
+
 async def test_a_refusal_while_the_content_is_written_is_proof() -> None:
     peer = SmtpPeer(early="552 5.3.4 too big")
     mail = message(ANN, attachments=(Attachment("big.bin", BIG, "application/octet-stream"),))
@@ -227,7 +272,9 @@ async def test_a_non_ascii_bcc_is_refused_alone() -> None:
         ]
 
 
-@pytest.mark.parametrize("address", ["a@b.org\r\nDATA", "a@b.org> NOTIFY=NEVER", "a b@c.org"])
+@pytest.mark.parametrize(
+    "address", ["a@b.org\r\nDATA", "a@b.org> NOTIFY=NEVER", "a b@c.org", "\ud800@c.org"]
+)
 async def test_an_address_cannot_bring_commands_of_its_own(address: str) -> None:
     mail = message(recipients=(Recipient(ANN), Recipient(address, role=Role.BCC)))
     async with SmtpPeer() as peer, provider_for(peer) as provider:
@@ -299,7 +346,9 @@ async def test_the_whole_attempt_is_bounded_and_waiting_for_a_connection_counts(
         while not peer.taken:
             await asyncio.sleep(0)
         provider._attempt_timeout_s = 0.1
-        assert fates(await provider.send(call_to(BOB))) == [(Outcome.DEFERRED, Cause.TIMEOUT)]
+        [second] = await provider.send(call_to(BOB))
+        assert (second.outcome, second.cause) == (Outcome.DEFERRED, Cause.TIMEOUT)
+        assert not second.of_channel  # the others are at work, and tell how it is
         assert fates(await first) == [(Outcome.UNKNOWN, Cause.TIMEOUT)]
 
 
@@ -321,9 +370,24 @@ async def test_a_failed_handshake_defers(step: str, reply: str, cause: Cause) ->
     assert fates(results) == [(Outcome.DEFERRED, cause)] * 2
 
 
-async def test_a_host_that_does_not_resolve_defers() -> None:
-    async with SmtpPeer() as peer, provider_for(peer, host="no-such-host.invalid") as provider:
-        assert fates(await provider.send(call_to(ANN))) == [(Outcome.DEFERRED, Cause.DNS)]
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "no..host", "x" * 64 + ".invalid"])
+async def test_a_host_that_does_not_resolve_defers(host: str) -> None:
+    async with SmtpPeer() as peer, provider_for(peer, host=host) as provider:
+        [result] = await provider.send(call_to(ANN))
+    assert (result.outcome, result.cause) == (Outcome.DEFERRED, Cause.DNS)
+    assert result.of_channel
+
+
+async def test_roots_that_have_gone_defer_and_are_not_raised(tmp_path: Path) -> None:
+    peer = SmtpPeer()
+    [result] = await send_one(peer, tls="starttls", ca_file=tmp_path / "gone.pem")
+    assert (result.outcome, result.cause) == (Outcome.DEFERRED, Cause.TLS)
+    assert result.of_channel
+
+
+async def test_a_name_of_this_host_that_is_none_defers_and_is_not_raised() -> None:
+    [result] = await send_one(SmtpPeer(), helo="ümlaut host")
+    assert (result.outcome, result.of_channel) == (Outcome.DEFERRED, True)
 
 
 async def test_a_log_in() -> None:

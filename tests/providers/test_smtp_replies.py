@@ -72,6 +72,36 @@ def test_every_code_has_a_result_and_only_the_final_dot_can_be_accepted() -> Non
             assert (result.outcome is Outcome.UNKNOWN) == (
                 stage is Stage.CONTENT and 300 <= code < 400
             )
+            assert not result.of_channel or result.outcome is Outcome.DEFERRED
+
+
+@pytest.mark.parametrize(
+    ("stage", "code", "text", "is_channel"),
+    [
+        (Stage.HANDSHAKE, 554, "5.7.1 go away", True),
+        (Stage.LOG_IN, 535, "5.7.8 wrong password", True),
+        (Stage.LOG_IN, 454, "4.7.0 temporary failure", True),
+        (Stage.MAIL, 530, "5.7.0 authentication required", True),
+        (Stage.MAIL, 530, "Must issue a STARTTLS command first", True),
+        (Stage.MAIL, 534, "5.7.9 mechanism too weak", True),
+        (Stage.MAIL, 535, "5.7.8 wrong password", True),
+        (Stage.MAIL, 538, "5.7.11 encryption required", True),
+        (Stage.MAIL, 421, "4.3.2 shutting down", True),
+        (Stage.RCPT, 421, "4.3.2 shutting down", True),
+        (Stage.DATA, 421, "4.3.2 shutting down", True),
+        (Stage.CONTENT, 421, "4.3.2 shutting down", False),
+        (Stage.RCPT, 530, "5.7.0 authentication required", False),
+        (Stage.MAIL, 451, "4.3.0 local error", False),
+        (Stage.MAIL, 452, "4.3.1 no room", False),
+        (Stage.RCPT, 450, "4.2.0 greylisted", False),
+        (Stage.RCPT, 421, "4.2.1 this mailbox gets too much", False),
+        (Stage.DATA, 451, "4.3.0 local error", False),
+    ],
+)
+def test_what_is_of_the_channel_as_a_whole(
+    stage: Stage, code: int, text: str, is_channel: bool
+) -> None:
+    assert result_of(Reply(code, text), stage).of_channel == is_channel
 
 
 def test_an_enhanced_code_of_another_class_is_not_believed() -> None:
