@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from mailgrpc.config import HostPort, Settings
 from mailgrpc.core.message import MAX_REQUEST_BYTES
-from mailgrpc.db.engine import Database
+from mailgrpc.db.engine import FEED_S, LOOK_UP_S, Database
 from mailgrpc.db.schema import check_schema
 from mailgrpc.db.workers import SessionRow, read_sessions
 from mailgrpc.doorbell import Doorbell
@@ -86,9 +86,11 @@ class MailServer:
         channels: Mapping[str, Provider] | None = None,
     ) -> None:
         self._settings = settings
-        self._database = database
+        # A server that has fallen silent holds nobody up for longer than what he asked should take.
+        self._database = database.with_patience(FEED_S)
+        chores, database = database, database.with_patience(LOOK_UP_S)
         self._doorbell = Doorbell(settings.redis_url)
-        self._feed = Feed(database, self._doorbell)
+        self._feed = Feed(self._database, self._doorbell)
         lane = secrets.randbelow(settings.feed_lanes)
         self._intake = Intake(
             database, self._doorbell, self._feed, lane=lane, limit=settings.queue_limit
@@ -111,7 +113,7 @@ class MailServer:
                 watch=Watch(database, self._feed, max_streams=settings.max_streams),
                 preferences=Preferences(database, settings.categories),
                 resend=Resend(*rung, lane=lane),
-                clear=Clear(*rung, lane=lane),
+                clear=Clear(chores, self._doorbell, self._feed, lane=lane),
             )
         )
         self._health = health.aio.HealthServicer()
@@ -127,7 +129,7 @@ class MailServer:
         server = grpc.aio.server(
             interceptors=[
                 Edge(
-                    self._database,
+                    self._database.with_patience(LOOK_UP_S),
                     keys=self._settings.auth == "keys",
                     deadline_s=self._settings.default_deadline_s,
                 )
