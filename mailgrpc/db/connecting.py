@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
-from mailgrpc.errors import SettingsError, StoreUnavailable
+from mailgrpc.errors import MailgrpcError, SettingsError, StoreUnavailable
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Host: TypeAlias = tuple[str, int]
@@ -45,6 +45,13 @@ _WRONG = (
 
 class Refused(StoreUnavailable):
     """The server answers and does not let us in: at a start that is a wrong setting."""
+
+
+def told_at_start(error: StoreUnavailable) -> MailgrpcError:
+    """The same for whoever starts a program: with the setting that it is about."""
+    if isinstance(error, Refused):
+        return SettingsError(f"{SETTING}: {error}")
+    return StoreUnavailable(f"PostgreSQL cannot be reached ({SETTING}): {error}")
 
 
 def hosts_of(url: str) -> list[Host]:

@@ -46,7 +46,7 @@ from mailgrpc.db.connecting import (
     SETTING,
     Connection,
     Connector,
-    Refused,
+    told_at_start,
 )
 from mailgrpc.errors import MailgrpcError, SettingsError, StoreUnavailable
 
@@ -147,7 +147,7 @@ class Database:
     def __init__(self, url: str | None, *, pool_size: int = 8) -> None:
         if not url:
             raise SettingsError(
-                "MAILGRPC_DATABASE_URL is not set; `mailgrpc up` brings a PostgreSQL of its own"
+                f"{SETTING} is not set; `mailgrpc up` brings a PostgreSQL of its own"
             )
         self._connector = Connector(url)
         self._timeout_s: float | None = None
@@ -169,8 +169,8 @@ class Database:
         """
         try:
             await self.fetch("SELECT 1")
-        except Refused as error:
-            raise SettingsError(f"{SETTING}: {error}") from error
+        except StoreUnavailable as error:
+            raise told_at_start(error) from error
 
     async def close(self) -> None:
         """Wait a little for the calls under way and end the connections, silent ones too."""

@@ -30,6 +30,7 @@ from mailgrpc.server.interceptors import Edge
 from mailgrpc.server.mail import MailService, Parts
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
+from mailgrpc.server.tls import read_pair
 from mailgrpc.server.watch import Watch
 from mailgrpc.v1 import mail_service_pb2, mail_service_pb2_grpc
 
@@ -185,10 +186,8 @@ class MailServer:
         try:
             if cert is None or key is None:
                 return server.add_insecure_port(address)
-            pair = (key.read_bytes(), cert.read_bytes())
-            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-        except OSError as error:
-            raise SettingsError(f"MAILGRPC_TLS_CERT_FILE or _KEY_FILE: {error}") from error
+            credentials = grpc.ssl_server_credentials([read_pair(cert, key)])
+            return server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise SettingsError(
                 f"cannot listen on {address}: the port is taken or not ours "

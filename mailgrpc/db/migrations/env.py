@@ -9,8 +9,8 @@ from alembic import context
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from mailgrpc.db.connecting import SCHEMA, SETTING, Connection, Connector, Refused
-from mailgrpc.errors import SettingsError
+from mailgrpc.db.connecting import SCHEMA, Connection, Connector, told_at_start
+from mailgrpc.errors import StoreUnavailable
 
 _LOCK = 0x6D67_0000_0000  # any number that no other program takes
 
@@ -32,8 +32,8 @@ async def main() -> None:
             return await connector.connect(
                 command_timeout=None, application_name="mailgrpc migrate"
             )
-        except Refused as error:
-            raise SettingsError(f"{SETTING}: {error}") from error
+        except StoreUnavailable as error:
+            raise told_at_start(error) from error
 
     engine = create_async_engine(
         "postgresql+asyncpg://", async_creator=open_connection, poolclass=NullPool
