@@ -18,15 +18,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgpack
 from arq.connections import ArqRedis, RedisSettings
 from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
+
+from mailgrpc.errors import SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +46,24 @@ _PUSH_EVERY_S = 0.005
 _JOB_EVERY_S = 0.25
 _RECONNECT_S = 0.5
 _AHEAD_S = 600.0
+_EXPECTED = (
+    "expected redis://USER:PASSWORD@HOST:PORT/NUMBER, rediss:// for TLS, or unix:///PATH;"
+    " special characters in a password have to be percent-encoded"
+)
 _BROKEN = (RedisError, OSError, asyncio.TimeoutError)
 
 
 class Doorbell:
-    """One process's end of it. Without a URL every ring is silent and every wait times out."""
+    """One process's end of it. Without a URL every ring is silent and every wait times out.
+
+    Raises SettingsError for a URL that is none.
+    """
 
     def __init__(self, redis_url: str | None) -> None:
         self.url = redis_url
         self._redis: ArqRedis | None = None
         if redis_url:
+            check_url(redis_url)
             pool = ConnectionPool.from_url(
                 redis_url, socket_connect_timeout=1, socket_timeout=None, health_check_interval=30
             )
@@ -183,6 +197,29 @@ class Doorbell:
 
 def redis_settings(url: str) -> RedisSettings:
     """The same Redis, for arq's worker."""
-    settings = RedisSettings.from_dsn(url)
-    settings.conn_retries = 0  # the supervisor in worker/main.py tries again
-    return settings
+    options = check_url(url)
+    known = {f.name for f in fields(RedisSettings)}
+    return RedisSettings(
+        **{name: value for name, value in options.items() if name in known},
+        database=options.get("db", 0),
+        unix_socket_path=options.get("path"),
+        ssl=url.startswith("rediss:"),
+        conn_retries=0,  # the supervisor in worker/main.py tries again
+    )
+
+
+def check_url(url: str) -> dict[str, Any]:
+    """What a URL says, as the driver takes it. Raises SettingsError, which repeats none of it."""
+    try:
+        parts = urlsplit(url)
+        strange = parts.netloc.count("@") > 1 or "@" in parts.path or bool(parts.fragment)
+        options: dict[str, Any] = dict(parse_url(url))
+        # The driver leaves these unsaid.
+        if strange or not re.fullmatch("|/[0-9]*", "" if parts.scheme == "unix" else parts.path):
+            raise ValueError("its user, password or database")
+        ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError) as error:
+        unknown = re.search("unexpected keyword argument ('[a-z_]+')", str(error))
+        what = f"unknown parameter {unknown[1]}" if unknown else _EXPECTED
+        raise SettingsError(f"MAILGRPC_REDIS_URL: {what}") from None
+    return options

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mailgrpc.cli import running
 from mailgrpc.cli.output import Output, Styled
+from mailgrpc.cli.process import told
 from mailgrpc.cli.session import Session, pass_session
 from mailgrpc.cli.words import length
 from mailgrpc.client import AsyncMailClient, MailError
@@ -29,9 +30,10 @@ from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import check_schema, wanted_revision
 from mailgrpc.db.workers import read_sessions
 from mailgrpc.doorbell import Doorbell
-from mailgrpc.errors import MailgrpcError, SchemaError
+from mailgrpc.errors import MailgrpcError, SchemaError, SettingsError
 from mailgrpc.providers.provider import ProbeFailed
 from mailgrpc.providers.registry import open_channel
+from mailgrpc.server.tls import read_pair
 
 _CHECK_S = 10.0
 _SKEW_S = 2.0
@@ -57,6 +59,7 @@ class Finding:
     name: str
     mark: Mark
     text: str
+    is_setting: bool = False  # what is wrong is a setting
 
 
 class Trouble(Exception):
@@ -71,10 +74,11 @@ def doctor(session: Session, as_json: bool) -> None:
 
     The settings, PostgreSQL and its schema, Redis, the log-in of each channel, and the server with
     its workers and its clock. Nothing is sent. A dot stands for what is not configured here.
-    Exit code 1 when something is wrong.
+    Exit code 1 when something is wrong, 2 when a setting is.
     """
     warnings: list[str] = []
-    settings = running.found(load_settings(overrides=session.overrides, warn=warnings.append))
+    with told():
+        settings = running.found(load_settings(overrides=session.overrides, warn=warnings.append))
     output = Output()
     findings = [Finding("settings", Mark.ABSENT, text) for text in warnings]
     findings = findings or [Finding("settings", Mark.GOOD, "no unknown ones")]
@@ -86,6 +90,8 @@ def doctor(session: Session, as_json: bool) -> None:
         else:
             mark = Styled(finding.mark.value, _STYLES[finding.mark])
             output.line(mark, finding.name, finding.text, widths=[1, 18])
+    if any(finding.is_setting for finding in findings):
+        sys.exit(2)
     sys.exit(1 if any(finding.mark is Mark.BAD for finding in findings) else 0)
 
 
@@ -101,6 +107,8 @@ def _checks(settings: Settings, endpoint: Endpoint) -> Iterator[tuple[str, Await
         yield "channels", _absent()
     for name, url in sorted(settings.channels.items()):
         yield f"channel {name}", _check_channel(settings, name, url)
+    if settings.tls_cert_file is not None:
+        yield "tls", _check_tls(settings)
     yield "server", _check_server(settings, endpoint)
 
 
@@ -110,6 +118,8 @@ async def _bounded(name: str, check: Awaitable[str | None]) -> Finding:
             text = await check
     except TimeoutError:
         return Finding(name, Mark.BAD, f"no answer within {_CHECK_S:g} s")
+    except SettingsError as error:
+        return Finding(name, Mark.BAD, str(error), is_setting=True)
     except (Trouble, ProbeFailed, MailgrpcError) as error:
         return Finding(name, Mark.BAD, str(error))
     except Exception as error:  # noqa: BLE001  one check's fault is a line, and stops no other
@@ -177,6 +187,13 @@ async def _check_channel(settings: Settings, name: str, url: str) -> str:
         return await provider.probe()
     finally:
         await provider.close()
+
+
+async def _check_tls(settings: Settings) -> str:
+    assert settings.tls_cert_file is not None
+    assert settings.tls_key_file is not None
+    read_pair(settings.tls_cert_file, settings.tls_key_file)
+    return f"{settings.tls_cert_file} and its key fit each other"
 
 
 async def _check_server(settings: Settings, endpoint: Endpoint) -> str:

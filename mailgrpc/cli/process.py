@@ -13,7 +13,7 @@ import uvloop
 
 from mailgrpc import failpoints
 from mailgrpc.config import Settings, load_settings
-from mailgrpc.errors import MailgrpcError
+from mailgrpc.errors import MailgrpcError, SettingsError
 from mailgrpc.telemetry import start_logging
 
 
@@ -36,9 +36,12 @@ def load(**flags: str | None) -> Settings:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Tell an error of ours in one line and exit 1."""
+    """Tell an error of ours in one line and exit: 2 for a wrong setting, else 1."""
     try:
         yield
+    except SettingsError as error:
+        click.echo(f"mailgrpc: {error}", err=True)
+        sys.exit(2)
     except MailgrpcError as error:
         click.echo(f"mailgrpc: {error}", err=True)
         sys.exit(1)

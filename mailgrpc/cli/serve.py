@@ -25,6 +25,7 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
     database = Database(settings.database_url, pool_size=settings.database_pool)
     try:
         server = MailServer(settings, database)
+        await database.open()
         where = await server.start()
         click.echo(f"serving on {where}", err=True)
         notify_ready(settings.ready_fd, str(where))

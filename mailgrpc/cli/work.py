@@ -26,6 +26,7 @@ async def _work(settings: Settings, stop: asyncio.Event, burst: bool) -> None:
     database = Database(settings.database_url, pool_size=settings.database_pool)
     try:
         worker = Worker(settings, database)
+        await database.open()
         if burst:
             stopper = asyncio.create_task(_stop_claiming(worker, stop))
             await worker.burst()

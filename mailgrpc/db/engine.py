@@ -14,9 +14,18 @@ What can go wrong, and what a caller of `Database` sees:
     data that breaks a constraint or a type                  asyncpg.PostgresError, to be handled
     worker session ended MG001, stale version MG002          SessionEnded, StaleVersion
 
-Connections demand a server that accepts writes, so that after a fail-over one URL with several
-hosts finds the new primary. SQLAlchemy pools the connections and composes the queries whose shape
-varies; the hot statements go to asyncpg directly, with arrays.
+How long a statement may take depends on who asks (`with_patience`). When one meets silence, the
+connections that lie idle most likely lead to the same silence: they are ended too, rather than
+cost their next user a time-out each.
+
+With a synchronous standby a commit that is visible need not be on the standby: its wait may have
+been cut short, by a time-out of ours too. Whoever then runs the same write again finds it done,
+and a transaction that writes nothing waits for no standby. So as long as a write of this pool is
+in doubt, each write that succeeds is followed by a record of its own in the log, whose commit waits
+for the standby and for all before it; only then is it told as done (`confirm`).
+
+Connections demand a server that accepts writes (db/connecting.py). SQLAlchemy pools them and
+composes the queries whose shape varies; the hot statements go to asyncpg directly, with arrays.
 """
 
 from __future__ import annotations
@@ -24,25 +33,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import logging
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
 import asyncpg
 import sqlalchemy as sa
-from asyncpg.connect_utils import SessionAttribute
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from mailgrpc.db.connecting import (
+    CONNECT_TIMEOUT_S,
+    SETTING,
+    Connection,
+    Connector,
+    told_at_start,
+)
 from mailgrpc.errors import MailgrpcError, SettingsError, StoreUnavailable
 
 T = TypeVar("T")
-Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-log = logging.getLogger(__name__)
+Call: TypeAlias = Callable[[Connection], Awaitable[T]]
 
-SCHEMA = "mailgrpc"
-CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 60.0
-"""A server that stays silent for so long is not there; nothing of ours takes a tenth of it."""
+"""For who has no patience of its own: the chores. A server silent for so long is not there."""
+LOOK_UP_S = 10.0
+"""The patience of a call that waits for some rows."""
+FEED_S = 5.0
+"""The patience of what is asked again and again: the feed, health."""
+_CANCEL_S = 1.0
+_CLOSE_S = 2.0
+_CONFIRM = "SELECT pg_logical_emit_message(true, 'mailgrpc', '')"
 _TRIES_ON_CONFLICT = 5
 
 
@@ -85,37 +104,55 @@ _BROKEN = (
 )
 
 
-async def connect(url: str, *, command_timeout: float | None, application_name: str) -> Connection:
-    """One connection to a server that takes writes, with our schema in its path."""
-    return await asyncpg.connect(
-        url,
-        timeout=CONNECT_TIMEOUT_S,
-        command_timeout=command_timeout,
-        target_session_attrs=SessionAttribute.read_write,
-        server_settings={
-            "application_name": application_name,
-            "search_path": SCHEMA,
-            # Short statements over arrays: compiling them costs more than running them.
-            "jit": "off",
-        },
-    )
+class _Pool:
+    """What is known of the connections of one process, whoever of it asks."""
+
+    def __init__(self) -> None:
+        self.open: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self.idle: set[Connection] = set()
+        self._doubts = 0
+        self._confirmed = 0
+
+    @property
+    def doubts(self) -> int:
+        """How many writes have ended in doubt."""
+        return self._doubts
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether one of them was not confirmed since."""
+        return self._confirmed < self._doubts
+
+    def doubt(self) -> None:
+        """A write ended in doubt."""
+        self._doubts += 1
+
+    def confirm(self, doubts: int) -> None:
+        """All that was in doubt when there were so many is on the standby, or never will be."""
+        self._confirmed = max(self._confirmed, doubts)
+
+    def end_idle(self) -> None:
+        """End the connections that nobody uses."""
+        while self.idle:
+            self.idle.pop().terminate()
 
 
 class Database:
     """The pool of connections of one process to one database.
 
     `url` is a libpq URL (`postgresql://user:password@host1,host2/name?…`), also with `host=` as a
-    directory of a socket.
+    directory of a socket. Raises SettingsError where it is none.
     """
 
     def __init__(self, url: str | None, *, pool_size: int = 8) -> None:
         if not url:
             raise SettingsError(
-                "MAILGRPC_DATABASE_URL is not set; `mailgrpc up` brings a PostgreSQL of its own"
+                f"{SETTING} is not set; `mailgrpc up` brings a PostgreSQL of its own"
             )
-        self._url = url
+        self._connector = Connector(url)
         self._timeout_s: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._pool = _Pool()
         self.engine: AsyncEngine = create_async_engine(
             "postgresql+asyncpg://",
             async_creator=self._connect,
@@ -126,17 +163,29 @@ class Database:
         )
 
     async def open(self) -> None:
-        """Connect once, so that a wrong URL is told at the start. Raises StoreUnavailable."""
-        await self.fetch("SELECT 1")
+        """Connect once, so that a wrong URL is told at the start.
+
+        Raises StoreUnavailable, and SettingsError where the server does not know what it names.
+        """
+        try:
+            await self.fetch("SELECT 1")
+        except StoreUnavailable as error:
+            raise told_at_start(error) from error
 
     async def close(self) -> None:
-        """Wait for the calls under way and end the connections."""
+        """Wait a little for the calls under way and end the connections, silent ones too."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT_S)
-        await self.engine.dispose()
+            await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S / 2):
+                await self.engine.dispose()
+        for connection in list(self._pool.open):
+            connection.terminate()
+        if self._tasks:  # what they waited for has just failed
+            await asyncio.wait(self._tasks, timeout=_CLOSE_S / 2)
 
     def with_patience(self, timeout_s: float) -> Database:
-        """The same pool, whose `fetch` and `write` hold a silent server for gone after this."""
+        """The same pool, whose statements hold a silent server for gone after this."""
         impatient = copy.copy(self)
         impatient._timeout_s = timeout_s  # noqa: SLF001  our own
         return impatient
@@ -153,25 +202,38 @@ class Database:
             lambda connection: connection.fetch(sql, *args, timeout=self._timeout_s), writes=True
         )
 
+    async def confirm(self) -> None:
+        """Return once what is committed is where a commit has to be, on a synchronous standby too.
+
+        For an answer that rests on what another process wrote, and nothing of one's own. Raises
+        StoreUnavailable.
+        """
+        await self.write(_CONFIRM)
+
     async def select(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
         """Run a query composed with SQLAlchemy, and return its rows."""
 
         async def run() -> Sequence[sa.Row[Any]]:
-            try:
-                async with self.engine.connect() as connection:
-                    rows: Sequence[sa.Row[Any]] = (await connection.execute(query)).all()
+            async with self._connection() as (pooled, connection):
+                # The driver's own time-out cannot be reached through SQLAlchemy.
+                patience = self._timeout_s or COMMAND_TIMEOUT_S
+                timer = asyncio.get_running_loop().call_later(patience, self._silent, connection)
+                try:
+                    rows: Sequence[sa.Row[Any]] = (await pooled.execute(query)).all()
                     return rows
-            except sa.exc.DBAPIError as error:
-                cause = error.orig.__cause__ if error.orig is not None else None
-                if isinstance(cause, (*_NOT_BEGUN, *_UNDONE, *_BROKEN)):
-                    raise StoreUnavailable(str(cause)) from error
-                raise
-            except (sa.exc.TimeoutError, *_NOT_BEGUN, *_UNDONE, *_BROKEN) as error:
-                raise StoreUnavailable(str(error)) from error
+                except sa.exc.DBAPIError as error:
+                    cause = error.orig.__cause__ if error.orig is not None else None
+                    if isinstance(cause, (*_NOT_BEGUN, *_UNDONE, *_BROKEN)):
+                        raise StoreUnavailable(str(cause)) from error
+                    raise
+                except (*_NOT_BEGUN, *_UNDONE, *_BROKEN) as error:
+                    raise StoreUnavailable(str(error)) from error
+                finally:
+                    timer.cancel()
 
         return await self._uncancelled(run())
 
-    async def _run(self, call: Callable[[Connection], Awaitable[T]], *, writes: bool) -> T:
+    async def _run(self, call: Call[T], *, writes: bool) -> T:
         async def run() -> T:
             for attempt in range(_TRIES_ON_CONFLICT):
                 try:
@@ -183,45 +245,55 @@ class Database:
 
         return await self._uncancelled(run())
 
-    async def _run_once(self, call: Callable[[Connection], Awaitable[T]], *, writes: bool) -> T:
-        async with self._connection() as connection:
-            cut_short: list[str] = []
-
-            def listen(_connection: Any, message: Any) -> None:
-                if message.sqlstate == "01000" and "synchronous" in str(message).lower():
-                    cut_short.append(str(message))
-
-            if writes:
-                connection.add_log_listener(listen)
+    async def _run_once(self, call: Call[T], *, writes: bool) -> T:
+        async with self._connection() as (_, connection):
             try:
-                result = await call(connection)
+                if writes:
+                    return await self._write(connection, call)
+                return await call(connection)
             except (*_NOT_BEGUN, *_UNDONE, *_BROKEN) as error:
+                if isinstance(error, TimeoutError):
+                    await _cancel_there(connection)
+                    self._silent(connection)
                 raise _given_up(connection, error, writes=writes) from error
             except asyncpg.PostgresError as error:
                 if (ours := _OUR_ERRORS.get(error.sqlstate or "")) is not None:
                     raise ours(str(error)) from None
                 raise
-            finally:
-                if writes and not connection.is_closed():
-                    connection.remove_log_listener(listen)
-            if cut_short:
-                # Committed here, perhaps not on the standby that may become the primary.
-                raise AmbiguousCommit(cut_short[0])
-            return result
+
+    async def _write(self, connection: Connection, call: Call[T]) -> T:
+        """Run a statement that writes, and no doubt about it is left. Counts those that are."""
+        try:
+            result = await _committed(connection, call)
+            if (doubts := self._pool.doubts) and self._pool.is_in_doubt:
+                await _committed(connection, lambda c: c.execute(_CONFIRM, timeout=self._timeout_s))
+                self._pool.confirm(doubts)
+        except (AmbiguousCommit, *_BROKEN):
+            self._pool.doubt()
+            raise
+        return result
+
+    def _silent(self, connection: Connection) -> None:
+        """Nothing came back in time: this connection is lost, and so is what leads to the same."""
+        connection.terminate()
+        self._pool.end_idle()
+        self._connector.met_silence()
 
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
+    async def _connection(self) -> AsyncIterator[tuple[AsyncConnection, Connection]]:
         pooled, connection = await self._check_out()
         while connection.is_closed():
-            # The server ended it while it lay idle: no statement of ours is in doubt over that.
+            # It ended while it lay idle: no statement of ours is in doubt over that.
             await pooled.invalidate()
             await pooled.close()
             pooled, connection = await self._check_out()
         try:
-            yield connection
+            yield pooled, connection
         finally:
             if connection.is_closed():
                 await pooled.invalidate()
+            else:
+                self._pool.idle.add(connection)
             await pooled.close()
 
     async def _check_out(self) -> tuple[AsyncConnection, Connection]:
@@ -231,7 +303,9 @@ class Database:
         except (sa.exc.TimeoutError, sa.exc.DBAPIError, asyncpg.PostgresError, *_BROKEN) as error:
             raise StoreUnavailable(str(error) or type(error).__name__) from error
         raw = await pooled.get_raw_connection()
-        return pooled, cast("Connection", raw.driver_connection)
+        connection = cast("Connection", raw.driver_connection)
+        self._pool.idle.discard(connection)
+        return pooled, connection
 
     async def _uncancelled(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(work)
@@ -245,8 +319,8 @@ class Database:
             task.exception()  # whoever waited may have gone; it is not "never retrieved"
 
     async def _connect(self) -> Connection:
-        connection = await connect(
-            self._url, command_timeout=COMMAND_TIMEOUT_S, application_name="mailgrpc"
+        connection = await self._connector.connect(
+            command_timeout=COMMAND_TIMEOUT_S, application_name="mailgrpc"
         )
         # With `off` a crash hands out the same sequence numbers again.
         try:
@@ -256,7 +330,43 @@ class Database:
         except BaseException:
             connection.terminate()
             raise
+        self._pool.open.add(connection)
         return connection
+
+
+async def _committed(connection: Connection, call: Call[T]) -> T:
+    """Run a statement that writes. Raises AmbiguousCommit where a standby need not have it."""
+    cut_short: list[str] = []
+
+    def listen(_connection: Any, message: Any) -> None:
+        # Its text is in the language of the server; the file that it comes from is not.
+        text = str(message)
+        if message.sqlstate == "01000" and (
+            message.server_source_filename == "syncrep.c" or "synchronous" in text.lower()
+        ):
+            cut_short.append(text)
+
+    connection.add_log_listener(listen)
+    try:
+        result = await call(connection)
+    finally:
+        if not connection.is_closed():
+            connection.remove_log_listener(listen)
+    if cut_short:
+        # Committed here, perhaps not on the standby that may become the primary.
+        raise AmbiguousCommit(cut_short[0])
+    return result
+
+
+async def _cancel_there(connection: Connection) -> None:
+    """Give the driver a moment to ask the server to stop a statement that took too long.
+
+    One that waits for a standby would otherwise keep its session, and its locks, for as long as the
+    standby is away, and every new try would add another.
+    """
+    asking = set(getattr(connection, "_cancellations", ()))  # nothing public tells of it
+    if asking:
+        await asyncio.wait(asking, timeout=_CANCEL_S)
 
 
 def _given_up(connection: Connection, error: Exception, *, writes: bool) -> StoreUnavailable:

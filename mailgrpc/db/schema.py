@@ -19,7 +19,8 @@ from mailgrpc.errors import SchemaError
 def migrate(database_url: str, revision: str = "head") -> str:
     """Bring the database to `revision` and return it. Blocking; for the command line.
 
-    Several at once are safe: they take an advisory lock. Raises StoreUnavailable.
+    Several at once are safe: they take an advisory lock. Raises SettingsError,
+    StoreUnavailable.
     """
     config = _alembic_config()
     config.attributes["database_url"] = database_url

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, JSONB, TIMESTAMP, UUID
 
-from mailgrpc.db.engine import SCHEMA
+from mailgrpc.db.connecting import SCHEMA
 
 metadata = sa.MetaData(schema=SCHEMA)
 _TIME = TIMESTAMP(timezone=True)

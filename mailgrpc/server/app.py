@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from mailgrpc.config import HostPort, Settings
 from mailgrpc.core.message import MAX_REQUEST_BYTES
-from mailgrpc.db.engine import Database
+from mailgrpc.db.engine import FEED_S, LOOK_UP_S, Database
 from mailgrpc.db.schema import check_schema
 from mailgrpc.db.workers import SessionRow, read_sessions
 from mailgrpc.doorbell import Doorbell
@@ -30,6 +30,7 @@ from mailgrpc.server.interceptors import Edge
 from mailgrpc.server.mail import MailService, Parts
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
+from mailgrpc.server.tls import read_pair
 from mailgrpc.server.watch import Watch
 from mailgrpc.v1 import mail_service_pb2, mail_service_pb2_grpc
 
@@ -91,9 +92,11 @@ class MailServer:
         channels: Mapping[str, Provider] | None = None,
     ) -> None:
         self._settings = settings
-        self._database = database
+        # A server that has fallen silent holds nobody up for longer than what he asked should take.
+        self._database = database.with_patience(FEED_S)
+        chores, database = database, database.with_patience(LOOK_UP_S)
         self._doorbell = Doorbell(settings.redis_url)
-        self._feed = Feed(database, self._doorbell)
+        self._feed = Feed(self._database, self._doorbell)
         lane = secrets.randbelow(settings.feed_lanes)
         self._intake = Intake(
             database, self._doorbell, self._feed, lane=lane, limit=settings.queue_limit
@@ -116,7 +119,7 @@ class MailServer:
                 watch=Watch(database, self._feed, max_streams=settings.max_streams),
                 preferences=Preferences(database, settings.categories),
                 resend=Resend(*rung, lane=lane),
-                clear=Clear(*rung, lane=lane),
+                clear=Clear(chores, self._doorbell, self._feed, lane=lane),
             )
         )
         self._health = health.aio.HealthServicer()
@@ -132,7 +135,7 @@ class MailServer:
         server = grpc.aio.server(
             interceptors=[
                 Edge(
-                    self._database,
+                    self._database.with_patience(LOOK_UP_S),
                     keys=self._settings.auth == "keys",
                     deadline_s=self._settings.default_deadline_s,
                 )
@@ -188,10 +191,8 @@ class MailServer:
         try:
             if cert is None or key is None:
                 return server.add_insecure_port(address)
-            pair = (key.read_bytes(), cert.read_bytes())
-            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-        except OSError as error:
-            raise SettingsError(f"MAILGRPC_TLS_CERT_FILE or _KEY_FILE: {error}") from error
+            credentials = grpc.ssl_server_credentials([read_pair(cert, key)])
+            return server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise SettingsError(
                 f"cannot listen on {address}: the port is taken or not ours "

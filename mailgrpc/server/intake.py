@@ -13,7 +13,8 @@ What can go wrong.
   is looked up in a second statement, on a fresh snapshot.
 - The answer of the commit is lost. The same insert runs again with the same ids: it waits on the
   keys of the first and then finds its own rows. Never decided by a SELECT, which may come too
-  early.
+  early. What is found was not written by this commit, and is not told before the store has
+  confirmed it: a standby that is cut off may not have it (db/engine.py).
 - A value that PostgreSQL refuses. The flush is halved until the one that carries it stands alone.
 - A caller gives up. Before its flush it is dropped; after that nobody cancels it.
 - The store falls silent. A statement of a flush has a patience of its own, much shorter than that
@@ -204,6 +205,9 @@ class Intake:
             try:
                 failpoints.reach("intake.insert")
                 inserted = await insert_messages(self._database, self._lane, new)
+                if attempt > 0 or len(inserted.known) == len(new):
+                    # Nothing need have been written just now, and so nothing been waited for.
+                    await self._database.confirm()
                 failpoints.reach("intake.inserted")
                 if attempt == 0:
                     return inserted

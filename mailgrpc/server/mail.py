@@ -175,6 +175,7 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
             return None
         if not is_same_request(submission, found):
             raise RequestIdMismatch(submission.request_id)
+        await self._database.confirm()
         return Accepted(found.message_id, replayed=True)
 
     async def _accepted(

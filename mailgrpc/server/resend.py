@@ -131,6 +131,7 @@ class Resend:
             return None
         if found.is_enqueue or found.fingerprint != fingerprint:
             raise RequestIdMismatch(request_id)
+        await self._database.confirm()
         refused: dict[str, Any] = found.response or {}  # type: ignore[assignment]
         return {recipient: Reason(number) for recipient, number in refused.items()}
 

@@ -7,6 +7,8 @@ shown are kept, 20 bytes a delivery, and an event that is not newer is left out,
 has passed the place where the feed stood after the last page. Only then are these forgotten,
 `caught_up` is said, and the first token is given: a snapshot that breaks begins again.
 
+Once it has begun, a stream outlives a store that fails or falls silent (server/reading.py).
+
 A response is written when the one before it was taken by the transport; meanwhile the subscriber
 holds no connection to the database and no more than one page of events.
 """
@@ -31,6 +33,7 @@ from mailgrpc.errors import Exhausted, InvalidRequest, Reason, Violation
 from mailgrpc.server import convert
 from mailgrpc.server.batch import Entry
 from mailgrpc.server.feed import Feed
+from mailgrpc.server.reading import Reading
 from mailgrpc.v1 import mail_service_pb2
 from mailgrpc.v1.mail_service_pb2 import WatchStatusResponse
 
@@ -165,7 +168,10 @@ class Watch:
         end = await self._feed.now()
         place = await self._place_of(wanted, token) if token else end
         shown: _Shown | None = None
-        with self._feed.reader(wanted.project_id, place, wanted.filter) as reader:
+        with (
+            self._feed.reader(wanted.project_id, place, wanted.filter) as reader,
+            contextlib.closing(Reading(self._feed, reader)) as reading,
+        ):
             if snapshot:
                 shown = _Shown()
                 async for response in self._snapshot(wanted, snapshot, shown, pulse):
@@ -173,24 +179,24 @@ class Watch:
                 end = await self._feed.now()
             is_caught_up, more = False, True
             while True:
-                if not is_caught_up and covers(reader.place, end):
+                if not is_caught_up and covers(reading.place, end):
                     is_caught_up, shown = True, None
                     yield WatchStatusResponse(
-                        caught_up=True, resume_token=wanted.token(reader.place)
+                        caught_up=True, resume_token=wanted.token(reading.place)
                     )
                 elif not more:
                     # `end` can be ahead of the ring, behind events that are for others.
                     await self._feed.wait_for_news(reader, pulse.left_s, lightly=not is_caught_up)
                 if pulse.is_due:
                     yield WatchStatusResponse(
-                        resume_token=wanted.token(reader.place) if shown is None else ""
+                        resume_token=wanted.token(reading.place) if shown is None else ""
                     )
-                before = reader.place
-                entries, more = await self._feed.read(reader)
+                before = reading.place
+                entries, more = await reading.take(pulse.left_s)
                 taken = [e for e in entries if wanted.takes(e) and not _was_shown(shown, e)]
                 for chunk in _chunks(taken):
                     whole = chunk[-1] is taken[-1]
-                    behind = reader.place if whole else advance_over(before, entries, chunk[-1])
+                    behind = reading.place if whole else advance_over(before, entries, chunk[-1])
                     yield WatchStatusResponse(
                         events=[e.shown for e in chunk],
                         resume_token=wanted.token(behind) if shown is None else "",

@@ -16,7 +16,8 @@ from alembic.migration import MigrationContext
 
 from mailgrpc import errors
 from mailgrpc.core import delivery as domain
-from mailgrpc.db.engine import SCHEMA, Database
+from mailgrpc.db.connecting import SCHEMA
+from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import check_schema, migrate, wanted_revision
 from mailgrpc.db.tables import metadata
 from mailgrpc.errors import SchemaError

@@ -15,7 +15,7 @@ import pytest
 
 from mailgrpc.config import Settings
 from mailgrpc.db import messages as db_messages
-from mailgrpc.db.engine import connect
+from mailgrpc.db.connecting import Connector
 from mailgrpc.server import intake as intake_module
 from mailgrpc.server import mail
 from mailgrpc.v1 import delivery_pb2, errors_pb2
@@ -58,7 +58,9 @@ async def other(settings: Settings) -> AsyncIterator[Gateway]:
 @pytest.fixture
 async def holder(database_url: str) -> AsyncIterator[Any]:
     """A connection of somebody else, to hold locks with."""
-    connection = await connect(database_url, command_timeout=10, application_name="holder")
+    connection = await Connector(database_url).connect(
+        command_timeout=10, application_name="holder"
+    )
     yield connection
     await connection.close()
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-import asyncpg
 import sqlalchemy as sa
 from alembic import context
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from mailgrpc.db.engine import SCHEMA, Connection, connect
+from mailgrpc.db.connecting import SCHEMA, Connection, Connector, told_at_start
 from mailgrpc.errors import StoreUnavailable
 
 _LOCK = 0x6D67_0000_0000  # any number that no other program takes
@@ -26,13 +25,15 @@ def run(connection: sa.Connection) -> None:
 
 
 async def main() -> None:
-    url = context.config.attributes["database_url"]
+    connector = Connector(context.config.attributes["database_url"])
 
     async def open_connection() -> Connection:
         try:
-            return await connect(url, command_timeout=None, application_name="mailgrpc migrate")
-        except (OSError, TimeoutError, asyncpg.PostgresError) as error:
-            raise StoreUnavailable(str(error) or type(error).__name__) from error
+            return await connector.connect(
+                command_timeout=None, application_name="mailgrpc migrate"
+            )
+        except StoreUnavailable as error:
+            raise told_at_start(error) from error
 
     engine = create_async_engine(
         "postgresql+asyncpg://", async_creator=open_connection, poolclass=NullPool
