@@ -79,12 +79,18 @@ async def test_sendgrid_at_a_host_without_an_address(host: str) -> None:
 
 @pytest.mark.parametrize(
     ("way", "expected"),
-    [(STALL, "TIMEOUT"), (CLOSE, "TLS"), (RESET, "TLS"), ("hello there", "TLS")],
+    [
+        (STALL, ["TIMEOUT"]),
+        (CLOSE, ["TLS", "CONNECTION"]),
+        (RESET, ["TLS", "CONNECTION"]),
+        ("hello there", ["TLS"]),
+    ],
 )
-async def test_sendgrid_at_a_peer_that_speaks_no_tls(way: str, expected: str) -> None:
+async def test_sendgrid_at_a_peer_that_speaks_no_tls(way: str, expected: list[str]) -> None:
     times = {"connect_timeout_s": SHORT_S if way == STALL else LONG_S}
     async with sendgrid(SmtpPeer(script={"GREETING": way}), "https", **times) as provider:
-        assert await send(provider, call_to(ANN, BOB)) == f"DEFERRED {expected}*"
+        fate = await send(provider, call_to(ANN, BOB))
+    assert fate in [f"DEFERRED {cause}*" for cause in expected]
 
 
 # After it
@@ -142,7 +148,10 @@ def limits(way: Planned | Raw | str) -> list[str]:
 )
 async def test_sendgrid_request(way: Planned | Raw | str, expected: str, limit: str) -> None:
     times = {limit: 2 * SHORT_S} if limit != "none" else {}
-    mail = big() if way == DEAF else message(ANN)
+    mail = message(ANN)
+    if way == DEAF:
+        mail = big()
+        times[limit] *= 4  # building such a request takes its time too
     peer = SendGridLookalike(plan=[way])
     async with sendgrid(peer, **times) as provider:
         assert await send(provider, call_of(mail)) == expected
