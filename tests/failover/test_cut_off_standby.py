@@ -43,7 +43,9 @@ async def server(pair: ReplicatedPair, redis_url: str) -> AsyncIterator[Gateway]
 async def test_a_wait_that_is_cut_short_is_in_doubt(cut_off: ReplicatedPair) -> None:
     database = Database(cut_off.url, pool_size=1)
     write = asyncio.ensure_future(
-        database.write("INSERT INTO workers (name, channels) VALUES ('x', '{}') RETURNING id")
+        database.write(
+            "INSERT INTO workers (id, name, channels) VALUES ((random() * 1e15)::bigint, 'x', '{}') RETURNING id"
+        )
     )
     await asyncio.to_thread(until, lambda: bool(cut_off.first.run(_WAITING)))
     cut_off_waits = f"SELECT pg_cancel_backend(pid) FROM ({_WAITING}) AS w"
@@ -84,7 +86,9 @@ async def test_enqueue_is_acknowledged_when_the_standby_has_it_and_not_before(
 
 async def test_waits_that_we_give_up_leave_no_session_behind(cut_off: ReplicatedPair) -> None:
     database = Database(cut_off.url, pool_size=2).with_patience(0.2)
-    insert = "INSERT INTO workers (name, channels) VALUES ('x', '{}')"
+    insert = (
+        "INSERT INTO workers (id, name, channels) VALUES ((random() * 1e15)::bigint, 'x', '{}')"
+    )
     for _ in range(5):
         with pytest.raises(StoreUnavailable):
             await database.write(insert)

@@ -1,0 +1,44 @@
+"""`make faults`: a long storm, its table and its verdict; exit 1 on any broken promise."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+from tests.faults.checker import table, totals
+from tests.faults.storm import Plan, run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="the result as JSON")
+    options = parser.parse_args()
+    begun_at = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - begun_at:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    plan = Plan(seed=options.seed, seconds=options.minutes * 60)
+    verdict = asyncio.run(run(plan, say))
+    numbers = totals(verdict)
+    print(table(verdict))
+    print(
+        f"\nSeed {plan.seed}, {options.minutes:g} minutes: {numbers['kills']} kills,"
+        f" {numbers['acknowledged']:,} messages acknowledged, watch gaps {numbers['gaps']},"
+        f" watch repeats {numbers['repeats']}, broken promises {len(verdict.findings)}."
+    )
+    for finding in verdict.findings[:50]:
+        print("BROKEN:", finding)
+    if options.out:
+        options.out.write_text(json.dumps({"seed": plan.seed, **numbers}, indent=1))
+    sys.exit(1 if verdict.findings else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A line between two of ours that a test can spoil: a TCP proxy on the loopback.
+
+`pass`       all goes through
+`silent`     what comes is swallowed, in both ways; nothing breaks, and what was swallowed is lost
+`slow`       each block waits a little
+`reset`      every connection is broken now, and new ones after RESET_AFTER bytes
+`deaf`       what is asked goes through, the answers are swallowed: the other end has done its work
+`gone`       connections are refused
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import TracebackType
+from typing import Self
+
+MOODS = ("pass", "silent", "slow", "reset", "deaf", "gone")
+RESET_AFTER = 200
+_SLOW_S = 0.1
+
+
+class Proxy:
+    """Listens on a port and passes on to another address, as `mood` says."""
+
+    def __init__(self, port: int) -> None:
+        self._behind = port
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._mood = "pass"
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        await self._listen()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.set("gone")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def set(self, mood: str) -> None:
+        """From now on; connections that a silence has met are broken when it ends."""
+        spoilt = self._mood in ("silent", "deaf")
+        self._mood = mood
+        if mood in ("reset", "gone") or spoilt:
+            for writer in list(self._writers):
+                writer.transport.abort()
+        if mood == "gone" and self._server is not None:
+            self._server.close()
+            self._server = None
+        elif mood != "gone" and self._server is None:
+            await self._listen()
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            behind, there = await asyncio.open_connection("127.0.0.1", self._behind)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers.add(there)
+        ways = [(reader, there, False), (behind, writer, True)]
+        tasks = [asyncio.create_task(self._pass(*way)) for way in ways]
+        self._tasks.update(tasks)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for end in (writer, there):
+            self._writers.discard(end)
+            end.close()
+        for task in tasks:
+            self._tasks.discard(task)
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_answer: bool
+    ) -> None:
+        passed = 0
+        with contextlib.suppress(ConnectionError, OSError):
+            while data := await reader.read(65536):
+                if self._mood == "silent" or (self._mood == "deaf" and is_answer):
+                    continue
+                if self._mood == "slow":
+                    await asyncio.sleep(_SLOW_S)
+                passed += len(data)
+                if self._mood == "reset" and passed > RESET_AFTER:
+                    writer.transport.abort()
+                    return
+                writer.write(data)
+                await writer.drain()

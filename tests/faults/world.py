@@ -1,0 +1,228 @@
+"""Everything of a run that can be hurt: servers, workers, PostgreSQL, Valkey, the line to a provider.
+
+Programs are started as an operator starts them and are told nothing; they are killed by their pid.
+The providers and their ledger are outside, and nothing happens to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from mailgrpc.db.schema import migrate
+from mailgrpc.embedded.postgres import EmbeddedPostgres
+from mailgrpc.embedded.valkey import EmbeddedValkey
+from tests.faults.entry import FULL
+from tests.faults.proxy import Proxy
+
+LEASE_S = 3.0
+PATIENCE_S = 60.0
+
+
+@dataclass(slots=True)
+class Program:
+    """A `serve` or a `work`, in one life after the other."""
+
+    kind: str
+    environ: dict[str, str]
+    log: Path
+    process: asyncio.subprocess.Process | None = None
+    is_frozen: bool = False
+    lives: int = 0
+
+    async def start(self, aim: str = "") -> None:
+        """A new life; `aim` says where it is to end (mailgrpc/failpoints.py)."""
+        self.lives += 1
+        self.is_frozen = False
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.faults.entry", self.kind),
+                env=self.environ | {"MAILGRPC_FAILPOINTS": aim},
+                stderr=log,
+                stdout=log,
+            )
+
+    @property
+    def lives_on(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal, if it lives."""
+        if self.lives_on:
+            assert self.process is not None
+            self.process.send_signal(number)
+            if number in (signal.SIGSTOP, signal.SIGCONT):
+                self.is_frozen = number is signal.SIGSTOP
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        if self.process is not None:
+            await self.process.wait()
+
+    async def end(self, within_s: float) -> int | None:
+        """SIGTERM, as an orchestrator does; its exit code, or None where it had to be killed."""
+        self.send(signal.SIGCONT)
+        self.send(signal.SIGTERM)
+        assert self.process is not None
+        try:
+            return await asyncio.wait_for(self.process.wait(), within_s)
+        except TimeoutError:
+            await self.kill()
+            return None
+
+
+@dataclass(slots=True)
+class World:
+    """What a run stands on. Made by `a_world`."""
+
+    directory: Path
+    postgres: EmbeddedPostgres
+    valkey: EmbeddedValkey
+    proxy: Proxy
+    environ: dict[str, str]
+    servers: list[Program] = field(default_factory=list)
+    workers: list[Program] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+
+    @property
+    def ledger(self) -> Path:
+        return self.directory / "ledger"
+
+    def behave(self, mood: str) -> None:
+        """The providers: `hold`, `sure`, or as they are ("")."""
+        (self.directory / "mood").write_text(mood)
+
+    def fill_disk(self, full: bool) -> None:
+        """Under the journals of all workers."""
+        flag = Path(self.environ[FULL])
+        if full:
+            flag.touch()
+        else:
+            flag.unlink(missing_ok=True)
+
+    async def add(self, kind: str, **environ: str) -> Program:
+        """One more program."""
+        programs = self.servers if kind == "serve" else self.workers
+        log = self.directory / f"{kind}-{len(programs)}.log"
+        program = Program(kind, self.environ | environ, log)
+        if kind == "serve":
+            port = free_port()
+            self.targets.append(f"127.0.0.1:{port}")
+            program.environ["MAILGRPC_LISTEN"] = self.targets[-1]
+        programs.append(program)
+        await program.start()
+        return program
+
+    async def crash_postgres(self) -> None:
+        """At once, without a checkpoint: what is not in the WAL is gone."""
+        assert self.postgres.process is not None
+        self.postgres.process.send(signal.SIGQUIT)
+        await asyncio.to_thread(self.postgres.process.ended.wait, PATIENCE_S)
+
+    async def revive_postgres(self) -> None:
+        await asyncio.to_thread(self.postgres.start)
+
+    async def kill_valkey(self) -> None:
+        assert self.valkey.process is not None
+        self.valkey.process.send(signal.SIGKILL)
+        await asyncio.to_thread(self.valkey.process.ended.wait, PATIENCE_S)
+
+    async def revive_valkey(self) -> None:
+        await asyncio.to_thread(self.valkey.start)
+
+    async def tell_valkey(self, *command: str) -> None:
+        redis = Redis.from_url(self.valkey.url)
+        try:
+            await redis.execute_command(*command)
+        finally:
+            await redis.aclose()
+
+
+@contextlib.asynccontextmanager
+async def a_world(seed: int, *, durable: bool = True, patch: str = "lossy") -> AsyncIterator[World]:
+    """The stores, the providers and the line to them; programs are added by the caller."""
+    with tempfile.TemporaryDirectory(prefix="mailgrpc-faults-") as name:
+        directory = Path(name)
+        (directory / "mood").write_text("")
+        (directory / "ledger").touch()
+        outside = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.faults.providers"),
+            *(str(directory / "ledger"), str(seed), str(directory / "mood")),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert outside.stdout is not None
+        smtp, http = map(int, (await outside.stdout.readline()).split())
+        postgres, valkey = EmbeddedPostgres(durable=durable), EmbeddedValkey()
+        world: World | None = None
+        try:
+            await asyncio.to_thread(postgres.start)
+            await asyncio.to_thread(valkey.start)
+            await asyncio.to_thread(migrate, postgres.url)
+            async with Proxy(smtp) as proxy:
+                environ = _environ(directory, postgres, valkey, proxy.port, http, patch)
+                world = World(directory, postgres, valkey, proxy, environ)
+                try:
+                    yield world
+                finally:
+                    for program in (*world.servers, *world.workers):
+                        await program.kill()
+        finally:
+            outside.kill()
+            await outside.wait()
+            await asyncio.to_thread(valkey.stop, now=True)
+            await asyncio.to_thread(postgres.stop, now=True)
+
+
+def _environ(
+    directory: Path,
+    postgres: EmbeddedPostgres,
+    valkey: EmbeddedValkey,
+    smtp: int,
+    http: int,
+    patch: str,
+) -> dict[str, str]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MAILGRPC_")}
+    return environ | {
+        "MAILGRPC_DATABASE_URL": postgres.url,
+        "MAILGRPC_REDIS_URL": valkey.url,
+        "MAILGRPC_CHANNEL_URL": f"smtp://127.0.0.1:{smtp}?tls=none&timeout=2&connect_timeout=2",
+        "MAILGRPC_CHANNEL_HTTP_URL": f"sendgrid://:KEY@127.0.0.1:{http}?scheme=http&timeout=2",
+        "MAILGRPC_DATA_DIR": str(directory),
+        "MAILGRPC_LEASE_S": str(LEASE_S),
+        "MAILGRPC_GRACE_S": "4",
+        "MAILGRPC_ATTEMPT_TIMEOUT_S": "4",
+        "MAILGRPC_LOG_FORMAT": "text",
+        "FAULTS_PATCH": patch,
+        FULL: str(directory / "full"),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+async def until(condition, within_s: float = PATIENCE_S, every_s: float = 0.05) -> None:
+    """Return when `condition` (a function, of a value or of an awaitable) holds."""
+    ends_at = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return
+        assert time.monotonic() < ends_at, "it did not come to this in time"
+        await asyncio.sleep(every_s)
