@@ -71,6 +71,7 @@ class Clients:
         self._stopping = False
         self._callers: list[asyncio.Task[None]] = []
         self._watchers: list[asyncio.Task[None]] = []
+        self._tokens: list[str] = []
 
     def call(self, callers: int, pause_s: float, *, once: float = 0.5, http: float = 0.25) -> None:
         """Begin to enqueue: `once` and `http` are shares of the messages."""
@@ -78,12 +79,14 @@ class Clients:
             caller = self._call(number, pause_s, once, http)
             self._callers.append(asyncio.create_task(caller))
 
-    def watch(self, watchers: int) -> None:
-        """Begin to watch everything."""
+    async def watch(self, watchers: int) -> None:
+        """Watch everything from now on; returns when all of them have a token."""
+        self._tokens = [""] * watchers
         for number in range(watchers):
-            seen: list[Seen] = []
-            self.history.watchers.append(seen)
-            self._watchers.append(asyncio.create_task(self._watch(number, seen)))
+            self.history.watchers.append([])
+            self._watchers.append(asyncio.create_task(self._watch(number)))
+        while not all(self._tokens):
+            await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
         """No new requests; those under way are still acknowledged."""
@@ -148,14 +151,15 @@ class Clients:
         )
         known.message_ids.add(message_id)
 
-    async def _watch(self, number: int, seen: list[Seen]) -> None:
-        token = ""
+    async def _watch(self, number: int) -> None:
+        seen, tokens = self.history.watchers[number], self._tokens
         for turn in itertools.count(number):
             stub = self._stubs[turn % len(self._stubs)]
+            request = pb.WatchStatusRequest(resume_token=tokens[number])
             try:
-                async for response in stub.WatchStatus(pb.WatchStatusRequest(resume_token=token)):
+                async for response in stub.WatchStatus(request):
                     seen += [_seen(event) for event in response.events]
-                    token = response.resume_token or token
+                    tokens[number] = response.resume_token or tokens[number]
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _PASSING:
                     self.history.surprises.append(f"WatchStatus: {error.code()} {error.details()}")

@@ -37,10 +37,10 @@ class Plan:
     seconds: float
     servers: int = 2
     workers: int = 3
-    callers: int = 8
+    callers: int = 12
     pause_s: float = 0.12
     watchers: int = 2
-    calm_s: float = 0.7  # between two faults, on average
+    calm_s: float = 1.0  # between two faults, on average
     faults: tuple[str, ...] = ()  # empty: all
 
 
@@ -208,7 +208,7 @@ async def run(plan: Plan, say: Callable[[str], Any] = lambda _text: None) -> Ver
             await world.add("work")
         clients = Clients(world.targets, plan.seed)
         try:
-            clients.watch(plan.watchers)
+            await clients.watch(plan.watchers)
             clients.call(plan.callers, plan.pause_s)
             await until(lambda: len(clients.history.acknowledged) > 20)
             storm = Storm(world, plan)
