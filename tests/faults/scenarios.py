@@ -126,26 +126,33 @@ async def what_was_written_down_survives_the_worker(world: World) -> None:
 
 async def an_outage_of_postgresql_is_nobodys_end(world: World) -> None:
     """PostgreSQL away for three leases under load: nobody is taken for dead, nothing sent again."""
+    lease_s = 2 * LEASE_S
     await world.add("serve")
     world.behave("sure")
     for _ in range(2):
-        await world.add("work")
+        await world.add("work", MAILGRPC_LEASE_S=str(lease_s))
     async with load(world) as clients:
         await until(lambda: len(clients.history.acknowledged) > 100)
         world.behave("hold")
-        await put(world, 40, ONCE, "held")
+        await put(world, 40, ONCE, "once")
+        await put(world, 40, RETRYING, "retrying")
         await asyncio.sleep(1)  # until the slots are full
         await world.crash_postgres()
         world.behave("sure")
-        await asyncio.sleep(3 * LEASE_S)
+        await asyncio.sleep(3 * lease_s)
+        # One of them is slow to come back, by half a lease: its neighbour must not jump at that.
+        world.workers[0].send(signal.SIGSTOP)
         await world.revive_postgres()
+        await asyncio.sleep(lease_s / 2)
+        world.workers[0].send(signal.SIGCONT)
         before = len(clients.history.acknowledged)
         await until(lambda: len(clients.history.acknowledged) > before + 100)
         await clients.stop()
         boxes = await all_ended(world)
         assert_nothing_twice(world, boxes)
-        lost = [b for b in boxes for a in b.attempts if a.cause is Cause.WORKER_LOST]
-        assert not lost, f"taken for lost: {lost}"
+        # By the events: in the rows a result that came late has put it right.
+        lost = await sql(world, f"SELECT delivery_id FROM events WHERE cause = {Cause.WORKER_LOST}")
+        assert not lost, f"{len(lost)} attempts were taken for lost"
         assert {b.state for b in boxes} == {State.SENT}, Counter(b.state for b in boxes)
 
 
@@ -332,11 +339,13 @@ async def run_all(names: Sequence[str]) -> int:
     return failed
 
 
-async def run_mutants() -> int:
+async def run_mutants(names: Sequence[str]) -> int:
     """Take out one guard after the other; how many were not noticed."""
     print("| guard taken out | scenario | what it said |\n|---|---|---|")
     unnoticed = 0
     for mutant in MUTANTS:
+        if names and mutant.scenario.__name__ not in names:
+            continue
         try:
             await play(mutant.scenario, mutant)
             unnoticed += 1
@@ -352,7 +361,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=", ".join(SCENARIOS))
     parser.add_argument("--mutants", action="store_true", help="take out guards instead")
     options = parser.parse_args()
-    failed = asyncio.run(run_mutants() if options.mutants else run_all(options.names))
+    failed = asyncio.run((run_mutants if options.mutants else run_all)(options.names))
     sys.exit(1 if failed else 0)
 
 
