@@ -104,7 +104,20 @@ class Storm:
         tending.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await tending
-        self.faults.sort(key=lambda fault: fault.begun_at)
+
+    async def heal(self) -> None:
+        """Nothing is hurt any more, everything runs, and the providers take every mail."""
+        self._world.fill_disk(False)
+        for line in self._world.lines.values():
+            await line.set("pass")
+        self._world.behave("sure")
+        for program in (*self._world.servers, *self._world.workers):
+            if program.is_ready and not (program.aim or program.ending):
+                continue
+            now = time.time()
+            await program.kill()  # it may be aimed at
+            self.faults.append(Fault(f"{program.who} replaced, to heal", now, now))
+            await program.start()
 
     async def _strike(self, kind: str) -> None:
         begun_at = time.time()
@@ -132,17 +145,16 @@ class Storm:
     def _bury(self, program: Program) -> None:
         """Say what a life ended by; what nobody did to it is a finding."""
         assert program.process is not None
-        code, who = program.process.returncode, "server" if program.kind == "serve" else "worker"
-        now = time.time()
+        code, now = program.process.returncode, time.time()
         if program.ending == "killed" and code == -signal.SIGKILL:
             return
         if code == -signal.SIGKILL and f"hit at {program.place}" in program.said:
-            self.faults.append(Fault(f"{who} died at {program.place}", now, now, 1))
+            self.faults.append(Fault(f"{program.who} died at {program.place}", now, now, 1))
         elif self._postgres_was_hurt(program.begun_at, now) and code == 1:
             pass  # it could not start, and said so: whoever runs it starts it again
         elif code != 0 or program.ending != "told to stop":
             tail = program.said[-600:]
-            self.findings.append(f"a {who} ended by itself, exit code {code}: …{tail}")
+            self.findings.append(f"a {program.who} ended by itself, exit code {code}: …{tail}")
 
     def _postgres_was_hurt(self, since: float, until_: float) -> bool:
         task = self._striking.get("PostgreSQL")
@@ -158,8 +170,7 @@ class Storm:
         await asyncio.sleep(LEASE_S * self._rng.uniform(1.2, 2.5))
         if program.process is process:
             program.send(signal.SIGCONT)
-        who = "server" if program.kind == "serve" else "worker"
-        self.faults.append(Fault(f"{who} frozen at {program.place}", begun_at, time.time()))
+        self.faults.append(Fault(f"{program.who} frozen at {program.place}", begun_at, time.time()))
 
     def _aim(self, kind: str) -> str:
         is_server = kind == "serve"
@@ -202,7 +213,7 @@ class Storm:
             await asyncio.sleep(0.1)
             if time.time() > begun_at + _ENDS_WITHIN_S:
                 if not self._postgres_was_hurt(begun_at, time.time()):
-                    self.findings.append(f"{program.kind} had not ended: …{program.said[-600:]}")
+                    self.findings.append(f"a {program.who} had not ended: …{program.said[-600:]}")
                 program.ending = "killed"
                 program.send(signal.SIGKILL)
                 return 1
@@ -268,7 +279,7 @@ async def run(plan: Plan, say: Callable[[str], Any] = lambda _text: None) -> Ver
             storm = Storm(world, plan)
             await storm.rage()
             say(f"{len(storm.faults)} faults, {len(clients.history.acknowledged)} acknowledged")
-            await heal(world)
+            await storm.heal()
             await clients.stop()
             with contextlib.suppress(AssertionError):  # what has not ended is a finding of its own
                 await until(lambda: _open_deliveries(world, say), within_s=180, every_s=1)
@@ -277,23 +288,12 @@ async def run(plan: Plan, say: Callable[[str], Any] = lambda _text: None) -> Ver
             await _told_all(clients, boxes)
             await clients.close()
             findings += await stop_all(world.servers)
-            verdict = check(clients.history, boxes, read(world.ledger), storm.faults)
+            faults = sorted(storm.faults, key=lambda fault: fault.begun_at)
+            verdict = check(clients.history, boxes, read(world.ledger), faults)
             verdict.findings += findings
             return verdict
         finally:
             await clients.close()
-
-
-async def heal(world: World) -> None:
-    """Nothing is hurt any more, everything runs, and the providers take every mail."""
-    world.fill_disk(False)
-    for line in world.lines.values():
-        await line.set("pass")
-    world.behave("sure")
-    for program in (*world.servers, *world.workers):
-        program.send(signal.SIGCONT)
-        await program.kill()  # it may be aimed at
-        await program.start()
 
 
 async def stop_all(programs: Sequence[Program]) -> list[str]:
@@ -301,7 +301,7 @@ async def stop_all(programs: Sequence[Program]) -> list[str]:
     await until(lambda: all(program.is_ready for program in programs))
     codes = await asyncio.gather(*(program.end(_ENDS_WITHIN_S) for program in programs))
     return [
-        f"{program.kind} was told to stop in calm, and its exit code was {code}: …{program.said[-600:]}"
+        f"a {program.who} was told to stop in calm, and its exit code was {code}: …{program.said[-600:]}"
         for program, code in zip(programs, codes, strict=True)
         if code != 0
     ]

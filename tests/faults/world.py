@@ -60,6 +60,10 @@ class Program:
             )
 
     @property
+    def who(self) -> str:
+        return "server" if self.kind == "serve" else "worker"
+
+    @property
     def place(self) -> str:
         """The failpoint that it is aimed at."""
         return self.aim.partition("=")[0]
