@@ -113,7 +113,7 @@ class Clients:
         for number in itertools.count():
             if self._stopping:
                 return
-            size = rng.choice((1, 1, 1, 2, 8))
+            size = rng.choice((1, 1, 1, 2, 10))
             requests = [
                 _request(rng, f"{self._seed}-{caller}-{number}-{n}", once, http)
                 for n in range(size)

@@ -64,13 +64,13 @@ class Storm:
         self._striking: dict[str, asyncio.Task[None]] = {}  # by what is being hurt
         self._thawing: set[asyncio.Task[None]] = set()
         self._kinds: dict[str, tuple[int, Callable[[], Awaitable[int]]]] = {
-            "worker killed": (24, lambda: self._killed(self._world.workers)),
-            "server killed": (10, lambda: self._killed(self._world.servers)),
+            "worker killed": (60, lambda: self._killed(self._world.workers)),
+            "server killed": (14, lambda: self._killed(self._world.servers)),
             "worker frozen past its lease": (4, lambda: self._frozen(self._world.workers)),
             "server frozen": (1, lambda: self._frozen(self._world.servers)),
             "worker told to stop": (4, lambda: self._told_to_stop(self._world.workers)),
             "server told to stop": (3, lambda: self._told_to_stop(self._world.servers)),
-            "PostgreSQL crashed": (2, self._postgres_crashed),
+            "PostgreSQL crashed": (1, self._postgres_crashed),
             "PostgreSQL's backend killed": (1, self._backend_killed),
             "PostgreSQL away past a lease": (1, self._postgres_away),
             "Valkey killed": (2, self._valkey_killed),
@@ -79,7 +79,7 @@ class Storm:
             "disk of the journal full": (2, self._disk_full),
             **self._lines("SMTP", silent=2, slow=1, reset=2, deaf=2, gone=2),
             **self._lines("HTTP", silent=1, slow=1, reset=1, deaf=1, gone=1),
-            **self._lines("PostgreSQL", silent=1, slow=1, reset=2, deaf=1, gone=1),
+            **self._lines("PostgreSQL", silent=1, slow=1, reset=1, deaf=1, gone=1),
         }
 
     def _lines(self, line: str, **weights: int) -> dict[str, tuple[int, Callable[[], Any]]]:
