@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.faults.checker import table, totals
+from tests.faults.report import as_json, table, totals
 from tests.faults.storm import Plan, run
 
 
@@ -30,13 +30,14 @@ def main() -> None:
     print(table(verdict))
     print(
         f"\nSeed {plan.seed}, {options.minutes:g} minutes: {numbers['kills']} kills,"
-        f" {numbers['acknowledged']:,} messages acknowledged, watch gaps {numbers['gaps']},"
-        f" watch repeats {numbers['repeats']}, broken promises {len(verdict.findings)}."
+        f" {numbers['acknowledged']:,} messages acknowledged, {numbers['sent']:,} deliveries SENT,"
+        f" watch gaps {numbers['watch_gaps']}, watch repeats {numbers['watch_repeats']},"
+        f" given up {numbers['given_up']}, broken promises {numbers['findings']}."
     )
     for finding in verdict.findings[:50]:
         print("BROKEN:", finding)
     if options.out:
-        options.out.write_text(json.dumps({"seed": plan.seed, **numbers}, indent=1))
+        options.out.write_text(json.dumps({"seed": plan.seed, **as_json(verdict)}, indent=1))
     sys.exit(1 if verdict.findings else 0)
 
 

@@ -1,26 +1,32 @@
 """What must hold after a run: the history of the clients against the rows and the ledger.
 
-Pure: a run is handed in as data, so that the checker is itself tested with runs that never were.
+Pure: a run is handed in as data, so that the checker is itself tested with runs that never were
+(test_checker.py).
 
 A finding is a broken promise. What is allowed is counted, and each case is held to its reason:
-    a second copy in RETRYING      only as many as attempts whose outcome nobody knew
-    OUTCOME_UNKNOWN in SEND_ONCE   only where an attempt was started, and something happened to it
-Something happened to an attempt: its worker was hit, PostgreSQL or the line was away while it ran,
-or the provider itself broke off (`swallowed` or `cut`, which is in the nature of that attempt).
+
+    a second copy in RETRYING      only as many as times nobody knew what an attempt had come to
+    OUTCOME_UNKNOWN in SEND_ONCE   only after an attempt, and only where something befell it
+
+What can befall an attempt (`explanation`): the provider itself broke off or said nothing clear,
+which its ledger tells; the line to the provider was spoilt while it ran; its worker was hit, or
+lost PostgreSQL, while it ran. A fault of our own code (INTERNAL) explains nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mailgrpc.core.delivery import MOVES, UNENDED, Cause, Outcome, State
 from tests.faults.clients import History, Seen
-from tests.faults.ledger import Entry, copies
+from tests.faults.ledger import UNCLEAR, Entry, copies, said
 
 SLACK_S = 1.5
 """Clocks of one machine, but written down by different processes."""
+PROVIDER = "the provider's own doing"
+CALM = "before any"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,11 @@ class Fault:
     begun_at: float
     ended_at: float
     kills: int = 0
+
+    @property
+    def hurts(self) -> str:
+        """What it was done to: the first word of its kind."""
+        return self.kind.split()[0].partition("'")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,12 @@ class Box:
     version: int
     possibly_sent: bool
     attempts: tuple[Tried, ...] = ()
+    channel: str = "default"
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{a.outcome.name}/{a.cause.name}" for a in self.attempts)
+        mode = "SEND_ONCE" if self.once else "RETRYING"
+        return f"{self.delivery_id} to {self.recipient} ({mode}, {self.state.name}; {tried or '-'})"
 
 
 @dataclass(slots=True)
@@ -84,6 +101,7 @@ class Verdict:
     gaps: int = 0
     repeats: int = 0
     sent: int = 0
+    given_up: int = 0
 
     def found(self, text: str) -> None:
         self.findings.append(text)
@@ -103,17 +121,16 @@ def check(
     for surprise in history.surprises:
         verdict.found(f"a client was told {surprise}")
     _check_acknowledged(verdict, history, boxes, faults)
-    taken = copies(entries)
-    for box in boxes:
-        _check_box(verdict, box, taken[box.key, box.recipient], faults)
+    _Deliveries(verdict, history, entries, faults).check(boxes)
     for seen in history.watchers:
         _check_watcher(verdict, seen, boxes)
+    _check_agreement(verdict, history)
     return verdict
 
 
 def _latest(faults: Sequence[Fault], at: float) -> str:
     """The fault under which something stands in the table: the last one that had begun."""
-    kind = "before any"
+    kind = CALM
     for fault in faults:
         if fault.begun_at > at:
             break
@@ -138,99 +155,139 @@ def _check_acknowledged(
             verdict.found(f"{key} was acknowledged, and of it is stored: {sorted(stored)}")
 
 
-def _check_box(verdict: Verdict, box: Box, taken: int, faults: Sequence[Fault]) -> None:
-    doubts = [a for a in box.attempts if a.outcome is Outcome.UNKNOWN]
-    about = f"{box.key} to {box.recipient} ({box.state.name}, {taken} copies)"
-    row = (
-        verdict.rows[_latest(faults, (doubts or box.attempts)[0].started_at)]
-        if (doubts or box.attempts)
-        else verdict.rows["before any"]
-    )
-    if box.state in UNENDED:
-        row.sending += box.state is State.SENDING
-        verdict.found(f"{about}: it has not ended")
-    if box.state is State.SENT:
-        verdict.sent += 1
-        if taken == 0:
-            row.lost += 1
-            verdict.found(f"{about}: nobody got it")
-    if box.state is State.FAILED:
+class _Deliveries:
+    """Each delivery against the ledger, and against what was told about it."""
+
+    def __init__(
+        self,
+        verdict: Verdict,
+        history: History,
+        entries: Sequence[Entry],
+        faults: Sequence[Fault],
+    ) -> None:
+        self._verdict = verdict
+        self._faults = faults
+        self._history = history
+        self._copies = copies(entries)
+        self._said = said(entries)
+        self._doubted: Counter[str] = Counter()
+        for seen in history.watchers[:1]:
+            self._doubted.update(e.delivery_id for e in seen if e.outcome == Outcome.UNKNOWN)
+
+    def check(self, boxes: Sequence[Box]) -> None:
+        for box in boxes:
+            for text in (*self._ended(box), *self._attempts(box), *self._copied(box)):
+                self._verdict.found(f"{box}: {text}")
+
+    def _row(self, box: Box) -> Row:
+        told = self._history.acknowledged.get(box.key)
+        return self._verdict.rows[_latest(self._faults, told.at) if told else CALM]
+
+    def _ended(self, box: Box) -> Iterator[str]:
+        """Every state is true of the ledger, and has a reason to be the last one."""
+        taken, words = self._copies[box.key, box.recipient], self._said[box.recipient]
+        if box.state in UNENDED:
+            self._row(box).sending += box.state is State.SENDING
+            yield "it has not ended"
+        elif box.state is State.SENT:
+            self._verdict.sent += 1
+            if not taken:
+                self._row(box).lost += 1
+                yield "nobody got it"
+        elif box.state is State.FAILED:
+            if taken and not box.possibly_sent:
+                yield "it says that it was not sent, and the mail is in the box"
+            if self._is_given_up(box):
+                self._verdict.given_up += 1
+            elif not words["rejected"] and not (box.once and _was_in_doubt(box, self._doubted)):
+                self._row(box).lost += 1
+                yield "nobody refused it for good"
+        elif box.state is not State.OUTCOME_UNKNOWN or not box.once:
+            self._row(box).lost += 1
+            yield "nothing should have ended it so"
+
+    def _is_given_up(self, box: Box) -> bool:
+        """Six workers ended with it in their hands before any could start it: so it is written."""
         last = box.attempts[-1] if box.attempts else None
-        if not box.once and (last is None or last.outcome is not Outcome.REJECTED):
-            row.lost += 1
-            verdict.found(f"{about}: nobody refused it for good, it had {box.attempts}")
-    if box.state not in (State.SENT, State.FAILED, State.OUTCOME_UNKNOWN) and (
-        box.state not in UNENDED
-    ):
-        row.lost += 1
-        verdict.found(f"{about}: nothing should have ended it so")
-    if box.once:
-        _check_once(verdict, row, box, taken, about, doubts, faults)
-    elif taken > 1:
-        row.again += taken - 1
-        justified = min(taken - 1, sum(_happened(a, faults) for a in doubts), len(doubts))
-        justified = max(justified, min(taken - 1, _late_doubts(box)))
-        row.again_justified += justified
-        if justified < taken - 1:
-            verdict.found(f"{about}: sent again for no reason, it had {box.attempts}")
-    _check_attempts(verdict, box, about)
+        return (
+            last is not None
+            and (last.outcome, last.cause) == (Outcome.REJECTED, Cause.WORKER_LOST)
+            and sum(f.hurts == "worker" and f.begun_at < last.ended_at for f in self._faults) >= 6
+        )
+
+    def _attempts(self, box: Box) -> Iterator[str]:
+        """What attempts say agrees with the ledger, and with the state."""
+        outcomes = Counter(a.outcome for a in box.attempts)
+        taken, words = self._copies[box.key, box.recipient], self._said[box.recipient]
+        if outcomes[Outcome.ACCEPTED] and box.state is not State.SENT:
+            yield "it was accepted"
+        if taken > outcomes[Outcome.ACCEPTED] + outcomes[Outcome.UNKNOWN]:
+            yield f"{taken} copies: an attempt that is said to have sent nothing sent one"
+        if outcomes[Outcome.ACCEPTED] > words["taken"]:
+            yield f"said to be accepted {outcomes[Outcome.ACCEPTED]} times, by the ledger {words}"
+        if [a.number for a in box.attempts] != list(range(1, len(box.attempts) + 1)):
+            yield "an attempt has no result"
+
+    def _copied(self, box: Box) -> Iterator[str]:
+        """A second copy, and a doubt, only where there is a reason for it."""
+        taken, doubted = self._copies[box.key, box.recipient], self._doubted[box.delivery_id]
+        if box.once and taken > 1:
+            self._row(box).twice_once += 1
+            yield f"SEND_ONCE, and {taken} copies"
+        elif taken > 1:
+            row = self._row(box)
+            row.again += taken - 1
+            row.again_justified += min(taken - 1, doubted)
+            if taken - 1 > doubted:
+                yield f"{taken} copies after {doubted} doubts"
+            if not box.possibly_sent:
+                yield f"{taken} copies, and not marked possibly_sent"
+        doubts = [a for a in box.attempts if a.outcome is Outcome.UNKNOWN]
+        reasons = [
+            explanation(a, box.channel, self._said[box.recipient], self._faults) for a in doubts
+        ]
+        if box.once and box.state is State.OUTCOME_UNKNOWN:
+            row = self._verdict.rows[next(filter(None, reasons), CALM)]
+            row.unknown += 1
+            row.unknown_justified += bool(doubts) and all(reasons)
+            if not doubts:
+                yield "in doubt without an attempt that is"
+        if not all(reasons):
+            yield "nothing befell it that explains its doubt"
 
 
-def _late_doubts(box: Box) -> int:
-    """Attempts that were in doubt when another was started, and proven later."""
-    return sum(
-        later.started_at < earlier.ended_at or box.possibly_sent
-        for earlier, later in zip(box.attempts, box.attempts[1:], strict=False)
-        if earlier.outcome in (Outcome.ACCEPTED, Outcome.UNKNOWN)
-    )
+def _was_in_doubt(box: Box, doubted: Mapping[str, int]) -> bool:
+    """SEND_ONCE in doubt that late proof of non-sending has ended: it is not tried again."""
+    return doubted[box.delivery_id] > 0 and box.attempts[-1].outcome is Outcome.DEFERRED
 
 
-def _check_once(
-    verdict: Verdict,
-    row: Row,
-    box: Box,
-    taken: int,
-    about: str,
-    doubts: Sequence[Tried],
-    faults: Sequence[Fault],
-) -> None:
-    if taken > 1:
-        row.twice_once += 1
-        verdict.found(f"{about}: SEND_ONCE was sent twice, it had {box.attempts}")
-    if box.state is State.OUTCOME_UNKNOWN:
-        row.unknown += 1
-        if doubts and all(_happened(a, faults) for a in doubts):
-            row.unknown_justified += 1
-        else:
-            verdict.found(f"{about}: in doubt for no reason, it had {box.attempts}")
-
-
-def _check_attempts(verdict: Verdict, box: Box, about: str) -> None:
-    accepted = [a for a in box.attempts if a.outcome is Outcome.ACCEPTED]
-    if accepted and box.state is not State.SENT:
-        verdict.found(f"{about}: it was accepted, it had {box.attempts}")
-    for one in accepted:
-        after = [a for a in box.attempts if a.started_at > one.ended_at + SLACK_S]
-        if after:
-            verdict.found(f"{about}: tried again after it was accepted, it had {box.attempts}")
-
-
-def _happened(tried: Tried, faults: Sequence[Fault]) -> bool:
-    """Whether something befell an attempt that ended in doubt."""
-    if tried.cause is not Cause.WORKER_LOST:
-        return True  # the provider's own answer, or none: the ledger has `swallowed`, or the line
-    return any(
-        fault.begun_at <= tried.ended_at + SLACK_S and fault.ended_at >= tried.started_at - SLACK_S
-        for fault in faults
-    )
+def explanation(
+    tried: Tried, channel: str, words: Mapping[str, int], faults: Sequence[Fault]
+) -> str | None:
+    """The kind of fault that put an attempt in doubt; None where nothing did."""
+    if tried.cause is Cause.INTERNAL:
+        return None
+    if tried.cause is Cause.WORKER_LOST:
+        culprits = {"worker", "PostgreSQL"}
+    elif any(words[word] for word in UNCLEAR):
+        return PROVIDER
+    else:
+        culprits = {"worker", "HTTP" if channel == "http" else "SMTP"}
+    for fault in reversed(faults):
+        within = (
+            fault.begun_at <= tried.ended_at + SLACK_S
+            and fault.ended_at >= tried.started_at - SLACK_S
+        )
+        if within and fault.hurts in culprits:
+            return fault.kind
+    return None
 
 
 def _check_watcher(verdict: Verdict, seen: Sequence[Seen], boxes: Sequence[Box]) -> None:
     last: Counter[str] = Counter()
     ids: set[str] = set()
     for event in seen:
-        repeated = event.event_id in ids or event.version <= last[event.delivery_id]
-        if repeated:
+        if event.event_id in ids or event.version <= last[event.delivery_id]:
             verdict.repeats += 1
             verdict.found(f"{event}: told again, or out of order")
             continue
@@ -239,51 +296,24 @@ def _check_watcher(verdict: Verdict, seen: Sequence[Seen], boxes: Sequence[Box])
             verdict.found(f"{event}: after version {last[event.delivery_id]}")
         ids.add(event.event_id)
         last[event.delivery_id] = event.version
-        _check_move(verdict, event)
     for box in boxes:
-        if last[box.delivery_id] != box.version:
+        if (told := last.pop(box.delivery_id, 0)) != box.version:
             verdict.gaps += 1
-            verdict.found(
-                f"{box.delivery_id} is at version {box.version}, told until {last[box.delivery_id]}"
-            )
+            verdict.found(f"{box} is at version {box.version}, told until {told}")
+    for delivery_id in last:
+        verdict.found(f"{delivery_id} was told of, and is not stored")
 
 
-def _check_move(verdict: Verdict, event: Seen) -> None:
-    if event.old_state and State(event.state) not in MOVES[State(event.old_state)]:
-        verdict.found(f"{event}: not a move")
-
-
-def table(verdict: Verdict) -> str:
-    """The rows as Markdown; the kinds in the order in which they first struck."""
-    head = (
-        "| fault | struck | kills | acknowledged | lost | SEND_ONCE sent twice"
-        " | RETRYING sent again (justified) | left in SENDING"
-        " | SEND_ONCE in doubt (justified) |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    total = Row()
-    lines = []
-    for kind, row in verdict.rows.items():
-        lines.append(_line(kind, row))
-        _add(total, row)
-    return "\n".join([head, *lines, _line("**all**", total)])
-
-
-def _line(kind: str, r: Row) -> str:
-    return (
-        f"| {kind} | {r.struck} | {r.kills} | {r.acknowledged:,} | {r.lost} | {r.twice_once}"
-        f" | {r.again} ({r.again_justified}) | {r.sending} | {r.unknown} ({r.unknown_justified}) |"
-    )
-
-
-def _add(total: Row, row: Row) -> None:
-    for name in Row.__slots__:
-        setattr(total, name, getattr(total, name) + getattr(row, name))
-
-
-def totals(verdict: Verdict) -> Mapping[str, int]:
-    """The sums of all columns."""
-    total = Row()
-    for row in verdict.rows.values():
-        _add(total, row)
-    numbers = {name: getattr(total, name) for name in Row.__slots__}
-    return {**numbers, "sent": verdict.sent, "gaps": verdict.gaps, "repeats": verdict.repeats}
+def _check_agreement(verdict: Verdict, history: History) -> None:
+    """All subscribers are told the same, and only moves that there are."""
+    told: dict[tuple[str, int], Seen] = {}
+    for event in (event for seen in history.watchers for event in seen):
+        first = told.setdefault((event.delivery_id, event.version), event)
+        if first != event:
+            verdict.found(f"one is told {first}, another {event}")
+    for event in told.values():
+        old, new = event.old_state, State(event.state)
+        if (new not in MOVES[State(old)]) if old else (new is not State.QUEUED):
+            verdict.found(f"{event}: not a move")
+        elif old and new is State.QUEUED:
+            verdict.found(f"{event}: nobody asked for a Resend")

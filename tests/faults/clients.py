@@ -23,6 +23,8 @@ _PASSING = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
+_PASSING_CODES = frozenset(code.value[0] for code in _PASSING)
+_INSIST_S = 120
 _QUICK = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -49,6 +51,7 @@ class Seen:
     version: int
     old_state: int
     state: int
+    outcome: int = 0  # of the attempt that made the change
 
 
 @dataclass(slots=True)
@@ -91,7 +94,12 @@ class Clients:
     async def stop(self) -> None:
         """No new requests; those under way are still acknowledged."""
         self._stopping = True
-        await asyncio.gather(*self._callers)
+        done, waiting = await asyncio.wait(self._callers, timeout=_INSIST_S)
+        if waiting:
+            self.history.surprises.append(f"nothing, {len(waiting)} callers, for {_INSIST_S} s")
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*done)
 
     async def close(self) -> None:
         for task in self._watchers:
@@ -105,7 +113,7 @@ class Clients:
         for number in itertools.count():
             if self._stopping:
                 return
-            size = rng.choice((1, 1, 1, 4))
+            size = rng.choice((1, 1, 1, 2, 8))
             requests = [
                 _request(rng, f"{self._seed}-{caller}-{number}-{n}", once, http)
                 for n in range(size)
@@ -119,37 +127,45 @@ class Clients:
         while open_ones:
             stub = rng.choice(self._stubs)
             try:
+                if rng.random() < 0.02:  # at two servers at once, as impatient callers do
+                    both = (self._ask(s, open_ones) for s in (stub, rng.choice(self._stubs)))
+                    await asyncio.gather(*both, return_exceptions=True)
                 open_ones = await self._ask(stub, open_ones)
                 # Some ask again though they were answered: a retry that was not needed.
                 if not open_ones and rng.random() < 0.02:
-                    await self._ask(stub, requests)
+                    await self._ask(stub, requests, again=True)
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _PASSING:
                     self.history.surprises.append(f"Enqueue: {error.code()} {error.details()}")
                     return
                 await asyncio.sleep(0.1)
 
-    async def _ask(self, stub: Any, requests: list[Any]) -> list[Any]:
+    async def _ask(self, stub: Any, requests: list[Any], *, again: bool = False) -> list[Any]:
+        """Ask once; what is still to be asked. `again`: all of it was acknowledged before."""
         if len(requests) == 1:
             answer = await stub.Enqueue(requests[0], timeout=5)
-            self._note(requests[0], answer.message_id)
+            self._note(requests[0], answer, again)
             return []
         batch = await stub.EnqueueBatch(pb.EnqueueBatchRequest(requests=requests), timeout=5)
         left = []
         for request, result in zip(requests, batch.results, strict=True):
             if result.HasField("response"):
-                self._note(request, result.response.message_id)
-            else:
+                self._note(request, result.response, again)
+            elif result.error.code in _PASSING_CODES:
                 left.append(request)
+            else:
+                self.history.surprises.append(f"EnqueueBatch: {result.error}")
         return left
 
-    def _note(self, request: Any, message_id: str) -> None:
+    def _note(self, request: Any, answer: Any, again: bool) -> None:
+        if again and not answer.replayed:
+            self.history.surprises.append(f"that {request.request_id} is new, for the second time")
         once = request.options.mode == message_pb2.DELIVERY_MODE_SEND_ONCE
         recipients = tuple(r.address for r in request.message.to)
         known = self.history.acknowledged.setdefault(
             request.request_id, Acknowledged(time.time(), once, recipients)
         )
-        known.message_ids.add(message_id)
+        known.message_ids.add(answer.message_id)
 
     async def _watch(self, number: int) -> None:
         seen, tokens = self.history.watchers[number], self._tokens
@@ -192,4 +208,5 @@ def _seen(event: Any) -> Seen:
         delivery.version,
         event.state_changed.old_state,
         delivery.state,
+        event.state_changed.attempt.result.outcome,
     )

@@ -7,7 +7,10 @@ the caller's request_id), the recipient, and what happened.
 
     taken      the mail is in and an acceptance was written
     swallowed  the mail is in, and the connection was broken instead of an answer
-    deferred, rejected, paused   it was refused, before the mail was in
+    stalled    the mail is in, and nothing was said at all
+    failed     the mail is in, and the answer was a fault of the server's own (5xx of HTTP)
+    cut        the connection was broken before the mail was in; its sender cannot always know
+    deferred, rejected, paused   it was refused, in words, and is not in
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-IN_THE_BOX = frozenset({"taken", "swallowed"})
+IN_THE_BOX = frozenset({"taken", "swallowed", "stalled", "failed"})
+UNCLEAR = frozenset({"swallowed", "stalled", "failed", "cut"})
+"""After these nobody but the provider can know whether the mail is in."""
 
 
 class Ledger:
@@ -55,3 +60,11 @@ def read(path: Path) -> list[Entry]:
 def copies(entries: Iterable[Entry]) -> Counter[tuple[str, str]]:
     """How many mails lie in each box: by key and recipient."""
     return Counter((e.key, e.recipient) for e in entries if e.what in IN_THE_BOX)
+
+
+def said(entries: Iterable[Entry]) -> dict[str, Counter[str]]:
+    """What was done with the mails of each recipient, and how often."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in entries:
+        counts[entry.recipient][entry.what] += 1
+    return counts

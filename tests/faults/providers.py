@@ -3,7 +3,8 @@
 A process of its own that no fault kills: `python -m tests.faults.providers LEDGER SEED CONTROL`.
 It prints its two ports. How it behaves is drawn by the seed for each mail: most are taken, some
 refused for now or for good, a few swallowed (read, entered, and the connection broken instead of an
-answer), a few cut off before the end. CONTROL is a file read before each mail: `hold` answers no
+answer), stalled (no answer at all) or failed (entered, and then an error), a few cut off before the
+end. What each mail met is in the ledger, so that a doubt can be traced to it. CONTROL is a file read before each mail: `hold` answers no
 mail until it says something else, `sure` takes every mail.
 """
 
@@ -42,8 +43,8 @@ class World:
         if self.mood in ("sure", "hold"):
             return "taken"
         [fate] = self._rng.choices(
-            ("taken", "deferred", "rejected", "swallowed", "cut", "paused"),
-            (935, 20, 10, 15, 10, 10),
+            ("taken", "deferred", "rejected", "swallowed", "stalled", "failed", "cut", "paused"),
+            (930, 20, 10, 12, 6, 6, 10, 6),
         )
         return fate
 
@@ -82,10 +83,11 @@ class Smtp:
                 writer.write(b"250 2.1.0 ok\r\n")
             elif verb == b"RCPT":
                 found = _ADDRESS.search(line.decode())
-                if fate in ("deferred", "rejected"):
+                assert found is not None
+                if fate in _REFUSALS:
+                    self._world.ledger.enter("", [found[1]], fate)
                     writer.write(_REFUSALS[fate])
                 else:
-                    assert found is not None
                     recipients.append(found[1])
                     writer.write(b"250 2.1.5 ok\r\n")
             elif verb == b"DATA":
@@ -110,12 +112,20 @@ class Smtp:
     ) -> bool:
         """The mail to its dot; whether the connection goes on."""
         if fate == "cut":
+            self._world.ledger.enter("", recipients, fate)
             return False
         content = await reader.readuntil(b"\r\n.\r\n")
         found = _SUBJECT.search(content)
         key = found[1].decode() if found else ""
+        if fate == "failed":  # in SMTP an error after the dot is a refusal like any other
+            self._world.ledger.enter(key, recipients, "deferred")
+            writer.write(b"451 4.3.0 out of order for now\r\n")
+            return True
         self._world.ledger.enter(key, recipients, fate)
         if fate == "swallowed":
+            return False
+        if fate == "stalled":
+            await reader.read()
             return False
         await self._world.held()
         writer.write(b"250 2.0.0 ok: queued as 1\r\n")
@@ -141,13 +151,12 @@ class SendGrid:
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
         fate = self._world.fate()
-        if fate == "cut":
-            return False
         body = json.loads(await reader.readexactly(int(length[1]) if length else 0))
         recipients = [to["email"] for p in body["personalizations"] for to in p["to"]]
-        status, fate = _STATUSES[fate]
-        if fate:
-            self._world.ledger.enter(body["subject"], recipients, fate)
+        status = _STATUSES[fate]
+        self._world.ledger.enter(body["subject"], recipients, fate)
+        if fate == "stalled":
+            await reader.read()
         if not status:
             return False
         await self._world.held()
@@ -161,11 +170,14 @@ class SendGrid:
 
 
 _STATUSES = {
-    "taken": ("202 Accepted", "taken"),
-    "deferred": ("408 Request Timeout", "deferred"),
-    "rejected": ("413 Payload Too Large", "rejected"),
-    "swallowed": ("", "swallowed"),
-    "paused": ("429 Too Many Requests", "paused"),
+    "taken": "202 Accepted",
+    "deferred": "408 Request Timeout",
+    "rejected": "413 Payload Too Large",
+    "swallowed": "",
+    "stalled": "",
+    "failed": "502 Bad Gateway",
+    "cut": "",
+    "paused": "429 Too Many Requests",
 }
 
 

@@ -12,19 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
+from urllib.parse import parse_qs, urlsplit
 
 MOODS = ("pass", "silent", "slow", "reset", "deaf", "gone")
 RESET_AFTER = 200
 _SLOW_S = 0.1
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Proxy:
-    """Listens on a port and passes on to another address, as `mood` says."""
+    """Listens on a port and passes on to what is behind it, as `mood` says.
 
-    def __init__(self, port: int) -> None:
-        self._behind = port
+    `behind` is a port of this machine, or opens a connection.
+    """
+
+    def __init__(self, behind: int | Callable[[], Awaitable[Streams]]) -> None:
+        self._behind = behind
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -66,8 +72,12 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         try:
-            behind, there = await asyncio.open_connection("127.0.0.1", self._behind)
+            if isinstance(self._behind, int):
+                behind, there = await asyncio.open_connection("127.0.0.1", self._behind)
+            else:
+                behind, there = await self._behind()
         except OSError:
+            self._writers.discard(writer)
             writer.transport.abort()
             return
         self._writers.add(there)
@@ -97,3 +107,17 @@ class Proxy:
                     return
                 writer.write(data)
                 await writer.drain()
+
+
+def to_postgres(url: str) -> Proxy:
+    """A proxy before a PostgreSQL on a Unix socket, as its libpq URL tells."""
+    query = parse_qs(urlsplit(url).query)
+    socket = f"{query['host'][0]}/.s.PGSQL.{query['port'][0]}"
+    return Proxy(lambda: asyncio.open_unix_connection(socket))
+
+
+def url_through(proxy: Proxy, url: str) -> str:
+    """The URL of the same database, by way of `proxy`."""
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    return f"postgresql://{login}@127.0.0.1:{proxy.port}{parts.path}?sslmode=disable"

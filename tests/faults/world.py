@@ -1,4 +1,4 @@
-"""Everything of a run that can be hurt: servers, workers, PostgreSQL, Valkey, the line to a provider.
+"""Everything of a run that can be hurt: servers, workers, PostgreSQL, Valkey, the lines between.
 
 Programs are started as an operator starts them and are told nothing; they are killed by their pid.
 The providers and their ledger are outside, and nothing happens to them.
@@ -18,13 +18,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import asyncpg
 from redis.asyncio import Redis
 
 from mailgrpc.db.schema import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
 from tests.faults.entry import FULL
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import Proxy, to_postgres, url_through
 
 LEASE_S = 3.0
 PATIENCE_S = 60.0
@@ -40,18 +41,55 @@ class Program:
     process: asyncio.subprocess.Process | None = None
     is_frozen: bool = False
     lives: int = 0
+    aim: str = ""
+    ending: str = ""  # what this life is being ended by, where that is known
+    begun_at: float = 0.0
+    _born_at: int = 0  # where in the log this life begins
 
-    async def start(self, aim: str = "") -> None:
+    async def start(self, aim: str = "", **environ: str) -> None:
         """A new life; `aim` says where it is to end (mailgrpc/failpoints.py)."""
         self.lives += 1
-        self.is_frozen = False
+        self.is_frozen, self.aim, self.ending, self.begun_at = False, aim, "", time.time()
+        self._born_at = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tests.faults.entry", self.kind),
-                env=self.environ | {"MAILGRPC_FAILPOINTS": aim},
+                env=self.environ | environ | {"MAILGRPC_FAILPOINTS": aim},
                 stderr=log,
                 stdout=log,
             )
+
+    @property
+    def who(self) -> str:
+        return "server" if self.kind == "serve" else "worker"
+
+    @property
+    def place(self) -> str:
+        """The failpoint that it is aimed at."""
+        return self.aim.partition("=")[0]
+
+    @property
+    def said(self) -> str:
+        """What this life has logged."""
+        with self.log.open("rb") as log:
+            log.seek(self._born_at)
+            return log.read().decode(errors="replace")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it lives and has said that it does its work."""
+        return self.lives_on and ("serving on" in self.said or "working on" in self.said)
+
+    @property
+    def has_stopped_itself(self) -> bool:
+        """Whether a failpoint froze it (where the system can tell: Linux)."""
+        if not self.lives_on or self.is_frozen or "=freeze" not in self.aim:
+            return False
+        assert self.process is not None
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] == "T"
+        return False
 
     @property
     def lives_on(self) -> bool:
@@ -90,7 +128,7 @@ class World:
     directory: Path
     postgres: EmbeddedPostgres
     valkey: EmbeddedValkey
-    proxy: Proxy
+    lines: dict[str, Proxy]  # SMTP, HTTP, PostgreSQL
     environ: dict[str, str]
     servers: list[Program] = field(default_factory=list)
     workers: list[Program] = field(default_factory=list)
@@ -99,6 +137,12 @@ class World:
     @property
     def ledger(self) -> Path:
         return self.directory / "ledger"
+
+    @property
+    def behind_line(self) -> dict[str, str]:
+        """The setting of a program that reaches PostgreSQL by way of the proxy."""
+        url = url_through(self.lines["PostgreSQL"], self.postgres.url)
+        return {"MAILGRPC_DATABASE_URL": url}
 
     def behave(self, mood: str) -> None:
         """The providers: `hold`, `sure`, or as they are ("")."""
@@ -133,6 +177,18 @@ class World:
 
     async def revive_postgres(self) -> None:
         await asyncio.to_thread(self.postgres.start)
+
+    async def kill_backend(self) -> None:
+        """One of PostgreSQL's processes; it then ends all the others and recovers by itself."""
+        with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            connection = await asyncpg.connect(self.postgres.url, timeout=5)
+            pid = await connection.fetchval(
+                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
+                " AND pid <> pg_backend_pid() ORDER BY random() LIMIT 1"
+            )
+            await connection.close()
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
 
     async def kill_valkey(self) -> None:
         assert self.valkey.process is not None
@@ -170,9 +226,17 @@ async def a_world(seed: int, *, durable: bool = True, patch: str = "lossy") -> A
             await asyncio.to_thread(postgres.start)
             await asyncio.to_thread(valkey.start)
             await asyncio.to_thread(migrate, postgres.url)
-            async with Proxy(smtp) as proxy:
-                environ = _environ(directory, postgres, valkey, proxy.port, http, patch)
-                world = World(directory, postgres, valkey, proxy, environ)
+            lines = {
+                "SMTP": Proxy(smtp),
+                "HTTP": Proxy(http),
+                "PostgreSQL": to_postgres(postgres.url),
+            }
+            async with contextlib.AsyncExitStack() as stack:
+                for line in lines.values():
+                    await stack.enter_async_context(line)
+                ports = (lines["SMTP"].port, lines["HTTP"].port)
+                environ = _environ(directory, postgres, valkey, *ports, patch)
+                world = World(directory, postgres, valkey, lines, environ)
                 try:
                     yield world
                 finally:
