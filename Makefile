@@ -5,10 +5,13 @@ BUF := tools/buf/node_modules/.bin/buf
 # Bytecode and caches belong to whoever runs it; nothing of the caller's Python leaks in.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo up test check check-proto generate bench lock clean
+MINUTES ?= 10
+SEED ?= 1
+
+.PHONY: help demo up test check check-proto faults faults-mutants generate bench lock clean
 
 help: ## Show what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: .venv/embedded ## Send real mails through all of it, show what happens, and exit
 	@$(PY) -m mailgrpc demo
@@ -30,6 +33,13 @@ check-proto: .venv/dev $(BUF)
 	$(BUF) lint
 	$(BUF) format -d --exit-code
 	$(BUF) breaking --against . --against-config proto/released/buf.yaml
+
+faults: .venv/dev ## Hurt everything for MINUTES (10) by SEED (1), and check the ledgers
+	$(PY) -m tests.faults.scenarios
+	$(PY) -m tests.faults --minutes $(MINUTES) --seed $(SEED)
+
+faults-mutants: .venv/dev ## Take out one guard after the other: each must be noticed
+	$(PY) -m tests.faults.scenarios --mutants
 
 generate: .venv/dev ## Generate the stubs from proto/
 	$(PY) scripts/generate.py

@@ -8,6 +8,9 @@ that limits rates still greets, and logs us in. While a channel pauses nothing o
 what had been started comes back without having been sent and without using up an attempt
 (core/delivery.py), and `expire_at` ends the waiting.
 
+A failure does not count while others pass: a server that refuses one connection too many takes mail
+on those that stand. That delivery waits, and the channel does not.
+
 Each worker process has its own: what one cannot reach, another one may.
 """
 
@@ -44,6 +47,7 @@ class Breaker:
         self._rng = rng or random.Random()
         self._pauses = 0  # in a row
         self._until = float("-inf")
+        self._passed_at = float("-inf")
         self.reason: Result | None = None  # why it is open
 
     @property
@@ -58,16 +62,23 @@ class Breaker:
 
     @property
     def pause(self) -> timedelta:
-        """The same, for a delivery that waits for it."""
-        return timedelta(seconds=self.wait_s)
+        """How long a delivery waits that the channel failed; never not at all."""
+        return timedelta(seconds=max(self.wait_s, FIRST_PAUSE_S))
 
-    def note(self, result: Result) -> None:
-        """The channel was asked, and this came back."""
+    def now(self) -> float:
+        """A moment, to say when a call began."""
+        return self._clock()
+
+    def note(self, result: Result, asked_at: float) -> None:
+        """The channel was asked at `asked_at`, and this came back."""
         if result.of_channel:
-            self._open(result)
-        elif not self.is_closed and (result.status_code or result.outcome is Outcome.ACCEPTED):
-            log.info("channel %s takes mail again", self._channel)
-            self.reason, self._pauses, self._until = None, 0, float("-inf")
+            if self._passed_at < asked_at:
+                self._open(result)
+        elif result.status_code or result.outcome is Outcome.ACCEPTED:
+            self._passed_at = self._clock()
+            if not self.is_closed:
+                log.info("channel %s takes mail again", self._channel)
+                self.reason, self._pauses, self._until = None, 0, float("-inf")
 
     def _open(self, result: Result) -> None:
         asked_for_s = result.retry_after.total_seconds() if result.retry_after else 0.0

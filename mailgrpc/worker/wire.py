@@ -112,10 +112,11 @@ class Wire:
             if reason is not None and not is_probe:
                 results = [_not_asked(reason)] * len(started)
             else:
+                asked_at = self._breaker.now()
                 results = await call_provider(self._provider, group, started, last_look)
                 failpoints.reach("drain.sent")
                 for result in results:
-                    self._breaker.note(result)
+                    self._breaker.note(result, asked_at)
         try:
             policy = group.policy
         except Exception:

@@ -34,28 +34,43 @@ def breaker(clock: Clock) -> Breaker:
 def test_the_pauses_grow_and_end_with_the_first_answer(breaker: Breaker, clock: Clock) -> None:
     pauses = []
     for _ in range(12):
-        breaker.note(REFUSED)
+        clock.now += 0.001
+        breaker.note(REFUSED, clock.now)
         pauses.append(breaker.wait_s)
         clock.now += breaker.wait_s
         assert breaker.wait_s == 0
         assert not breaker.is_closed  # only a probe may pass
     assert pauses[:4] == [FIRST_PAUSE_S * 2**n for n in range(4)]
     assert pauses[-1] == LONGEST_PAUSE_S
-    breaker.note(NOT_NOW)
+    breaker.note(NOT_NOW, clock.now)
     assert breaker.is_closed
-    breaker.note(REFUSED)
+    clock.now += 1
+    breaker.note(REFUSED, clock.now)
     assert breaker.wait_s == FIRST_PAUSE_S
+
+
+def test_one_connection_too_many_does_not_stop_those_that_pass(
+    breaker: Breaker, clock: Clock
+) -> None:
+    asked_at = clock.now
+    clock.now += 1
+    breaker.note(ACCEPTED, asked_at)
+    breaker.note(REFUSED, asked_at)
+    assert breaker.is_closed
+    assert breaker.pause.total_seconds() == FIRST_PAUSE_S  # that delivery waits all the same
+    breaker.note(REFUSED, clock.now + 1)
+    assert not breaker.is_closed
 
 
 def test_what_fails_while_it_pauses_makes_it_no_longer_unless_it_asks_for_that(
     breaker: Breaker, clock: Clock
 ) -> None:
     for _ in range(70):
-        breaker.note(REFUSED)
+        breaker.note(REFUSED, clock.now)
     assert breaker.wait_s == FIRST_PAUSE_S
-    breaker.note(replace(REFUSED, retry_after=timedelta(seconds=90)))
+    breaker.note(replace(REFUSED, retry_after=timedelta(seconds=90)), clock.now)
     assert breaker.wait_s == 90
-    breaker.note(replace(REFUSED, retry_after=timedelta(days=30)))
+    breaker.note(replace(REFUSED, retry_after=timedelta(days=30)), clock.now)
     assert breaker.wait_s == LONGEST_PAUSE_S  # the delivery itself waits as long as asked
 
 
@@ -67,11 +82,13 @@ def test_what_fails_while_it_pauses_makes_it_no_longer_unless_it_asks_for_that(
         Result(Outcome.DEFERRED, Cause.WORKER_LOST),
     ],
 )
-def test_what_no_server_has_said_proves_nothing(breaker: Breaker, result: Result) -> None:
-    breaker.note(result)
+def test_what_no_server_has_said_proves_nothing(
+    breaker: Breaker, clock: Clock, result: Result
+) -> None:
+    breaker.note(result, clock.now)
     assert breaker.is_closed
-    breaker.note(REFUSED)
-    breaker.note(result)
+    breaker.note(REFUSED, clock.now)
+    breaker.note(result, clock.now)
     assert not breaker.is_closed
 
 
