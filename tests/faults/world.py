@@ -29,6 +29,8 @@ from tests.faults.proxy import Proxy, to_postgres, url_through
 
 LEASE_S = 3.0
 PATIENCE_S = 60.0
+ENDS_WITHIN_S = 10.0
+"""From SIGTERM on: the grace time, and as much again for a machine that is busy."""
 
 
 @dataclass(slots=True)
