@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the result as JSON")
     parser.add_argument("--logs", type=Path, help="a directory for what all programs logged")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as on Ctrl-C, in order
     begun_at = time.monotonic()
 
     def say(text: str) -> None:

@@ -98,9 +98,15 @@ class Nursery:
             told = json.loads(line)
             if "born" in told:
                 child = self._children[told["pid"]] = Child(self, told["pid"])
-                self._waiting.pop(told["born"]).set_result(child)
+                asked = self._waiting.pop(told["born"])
+                if not asked.done():  # who asked may have been cancelled
+                    asked.set_result(child)
             else:
                 self._children.pop(told["died"]).died(told["code"])
+        for child in self._children.values():  # they end with it
+            child.died(-signal.SIGKILL)
+        for asked in self._waiting.values():
+            asked.cancel()
 
 
 def main() -> None:

@@ -188,7 +188,7 @@ async def main(ledger: str, seed: str, control: str) -> None:
         for kind in (Smtp, SendGrid)
     ]
     print(*(s.sockets[0].getsockname()[1] for s in servers), flush=True)
-    await asyncio.Event().wait()
+    await asyncio.to_thread(sys.stdin.buffer.read)  # until whoever started it has ended
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ as machines do.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import random
 import signal
@@ -58,6 +57,7 @@ class Storm:
         self.findings: list[str] = []
         self._striking: dict[str, asyncio.Task[None]] = {}  # by what is being hurt
         self._thawing: set[asyncio.Task[None]] = set()
+        self._is_over = False
         self._kinds: dict[str, tuple[int, Callable[[], Awaitable[int]]]] = {
             "worker killed": (60, lambda: self._killed(self._world.workers)),
             "server killed": (14, lambda: self._killed(self._world.servers)),
@@ -95,10 +95,10 @@ class Storm:
             hurt = kind if kind.startswith(("worker", "server")) else Fault(kind, 0, 0).hurts
             if hurt not in self._striking or self._striking[hurt].done():
                 self._striking[hurt] = asyncio.create_task(self._strike(kind))
-        await asyncio.gather(*self._striking.values(), *self._thawing)
-        tending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await tending
+        await asyncio.gather(*self._striking.values())
+        self._is_over = True
+        await tending
+        await asyncio.gather(*self._thawing)
 
     async def heal(self) -> None:
         """Nothing is hurt any more, everything runs, and the providers take every mail."""
@@ -122,7 +122,7 @@ class Storm:
 
     async def _tend(self) -> None:
         """Notice who has ended or was frozen by its failpoint, and see to it."""
-        while True:
+        while not self._is_over:
             await asyncio.sleep(0.05)
             for program in (*self._world.servers, *self._world.workers):
                 if program.process is None:

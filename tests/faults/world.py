@@ -217,6 +217,7 @@ async def a_world(seed: int, *, durable: bool = True, patch: str = "lossy") -> A
         outside = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.faults.providers"),
             *(str(directory / "ledger"), str(seed), str(directory / "mood")),
+            stdin=asyncio.subprocess.PIPE,  # its end is the provider's
             stdout=asyncio.subprocess.PIPE,
         )
         assert outside.stdout is not None
