@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from tests.faults.report import as_json, table, totals
-from tests.faults.storm import Plan, run
+from tests.faults.run import run
+from tests.faults.storm import Plan
 
 
 def main() -> None:
@@ -18,13 +19,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the result as JSON")
+    parser.add_argument("--logs", type=Path, help="a directory for what all programs logged")
     options = parser.parse_args()
     begun_at = time.monotonic()
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - begun_at:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    plan = Plan(seed=options.seed, seconds=options.minutes * 60)
+    plan = Plan(seed=options.seed, seconds=options.minutes * 60, logs=options.logs)
     verdict = asyncio.run(run(plan, say))
     numbers = totals(verdict)
     print(table(verdict))

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from mailgrpc.core.delivery import UNENDED
 from mailgrpc.v1 import mail_service_pb2 as pb
 from mailgrpc.v1 import mail_service_pb2_grpc, message_pb2
 from tests.gateway import enqueue
@@ -25,6 +26,8 @@ _PASSING = frozenset(
 )
 _PASSING_CODES = frozenset(code.value[0] for code in _PASSING)
 _INSIST_S = 120
+_MOST_OPEN = 1500
+"""Deliveries that have not ended: above it callers wait, or the healing would last for ever."""
 _QUICK = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -75,6 +78,7 @@ class Clients:
         self._callers: list[asyncio.Task[None]] = []
         self._watchers: list[asyncio.Task[None]] = []
         self._tokens: list[str] = []
+        self._open = 0  # deliveries that have not ended, as far as the first watcher was told
 
     def call(self, callers: int, pause_s: float, *, once: float = 0.5, http: float = 0.25) -> None:
         """Begin to enqueue: `once` and `http` are shares of the messages."""
@@ -113,13 +117,15 @@ class Clients:
         for number in itertools.count():
             if self._stopping:
                 return
-            size = rng.choice((1, 1, 1, 2, 8))
+            size = rng.choice((1, 1, 1, 2, 10))
             requests = [
                 _request(rng, f"{self._seed}-{caller}-{number}-{n}", once, http)
                 for n in range(size)
             ]
             await self._insist(requests, rng)
             await asyncio.sleep(pause_s * rng.uniform(0.5, 1.5))
+            while self._open > _MOST_OPEN and not self._stopping:
+                await asyncio.sleep(0.1)
 
     async def _insist(self, requests: list[Any], rng: random.Random) -> None:
         """Until all of them are acknowledged, by whichever server answers."""
@@ -174,7 +180,10 @@ class Clients:
             request = pb.WatchStatusRequest(resume_token=tokens[number])
             try:
                 async for response in stub.WatchStatus(request):
-                    seen += [_seen(event) for event in response.events]
+                    told = [_seen(event) for event in response.events]
+                    seen += told
+                    if number == 0:
+                        self._open += sum(map(_opens, told))
                     tokens[number] = response.resume_token or tokens[number]
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _PASSING:
@@ -210,3 +219,10 @@ def _seen(event: Any) -> Seen:
         delivery.state,
         event.state_changed.attempt.result.outcome,
     )
+
+
+def _opens(event: Seen) -> int:
+    """1 for a new delivery, -1 for one that has ended now."""
+    if not event.old_state:
+        return 1
+    return -1 if event.old_state in UNENDED and event.state not in UNENDED else 0

@@ -28,7 +28,7 @@ from mailgrpc.v1 import mail_service_pb2_grpc, message_pb2
 from tests.faults.checker import Box, check
 from tests.faults.clients import Clients
 from tests.faults.ledger import copies, read
-from tests.faults.storm import read_boxes
+from tests.faults.run import read_boxes
 from tests.faults.world import LEASE_S, World, a_world, until
 from tests.gateway import enqueue
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.faults.report import table
-from tests.faults.storm import Plan, run
+from tests.faults.run import run
+from tests.faults.storm import Plan
 
 
 async def test_nothing_is_lost_or_sent_twice_while_everything_is_hurt() -> None:

@@ -25,10 +25,13 @@ from mailgrpc.db.schema import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
 from tests.faults.entry import FULL
+from tests.faults.nursery import Child, Nursery
 from tests.faults.proxy import Proxy, to_postgres, url_through
 
 LEASE_S = 3.0
 PATIENCE_S = 60.0
+ENDS_WITHIN_S = 10.0
+"""From SIGTERM on: the grace time, and as much again for a machine that is busy."""
 
 
 @dataclass(slots=True)
@@ -38,7 +41,8 @@ class Program:
     kind: str
     environ: dict[str, str]
     log: Path
-    process: asyncio.subprocess.Process | None = None
+    nursery: Nursery
+    process: Child | None = None
     is_frozen: bool = False
     lives: int = 0
     aim: str = ""
@@ -50,14 +54,10 @@ class Program:
         """A new life; `aim` says where it is to end (mailgrpc/failpoints.py)."""
         self.lives += 1
         self.is_frozen, self.aim, self.ending, self.begun_at = False, aim, "", time.time()
-        self._born_at = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.faults.entry", self.kind),
-                env=self.environ | environ | {"MAILGRPC_FAILPOINTS": aim},
-                stderr=log,
-                stdout=log,
-            )
+        self.log.touch()
+        self._born_at = self.log.stat().st_size
+        environ = self.environ | environ | {"MAILGRPC_FAILPOINTS": aim}
+        self.process = await self.nursery.bear([self.kind], environ, self.log)
 
     @property
     def who(self) -> str:
@@ -130,6 +130,7 @@ class World:
     valkey: EmbeddedValkey
     lines: dict[str, Proxy]  # SMTP, HTTP, PostgreSQL
     environ: dict[str, str]
+    nursery: Nursery
     servers: list[Program] = field(default_factory=list)
     workers: list[Program] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
@@ -160,7 +161,7 @@ class World:
         """One more program."""
         programs = self.servers if kind == "serve" else self.workers
         log = self.directory / f"{kind}-{len(programs)}.log"
-        program = Program(kind, self.environ | environ, log)
+        program = Program(kind, self.environ | environ, log, self.nursery)
         if kind == "serve":
             port = free_port()
             self.targets.append(f"127.0.0.1:{port}")
@@ -236,7 +237,8 @@ async def a_world(seed: int, *, durable: bool = True, patch: str = "lossy") -> A
                     await stack.enter_async_context(line)
                 ports = (lines["SMTP"].port, lines["HTTP"].port)
                 environ = _environ(directory, postgres, valkey, *ports, patch)
-                world = World(directory, postgres, valkey, lines, environ)
+                nursery = await stack.enter_async_context(Nursery())
+                world = World(directory, postgres, valkey, lines, environ, nursery)
                 try:
                     yield world
                 finally:
