@@ -39,10 +39,12 @@ async def _work(settings: Settings, stop: asyncio.Event, burst: bool) -> None:
         click.echo(f"working on {', '.join(sorted(settings.channels))}", err=True)
         notify_ready(settings.ready_fd)
         await stop.wait()
+        # Side by side: arq's worker takes a while to end where Redis does not answer.
         if arq is not None:
             arq.cancel()
-            await asyncio.gather(arq, return_exceptions=True)
         await worker.stop()
+        if arq is not None:
+            await asyncio.wait({arq})
     finally:
         await database.close()
 

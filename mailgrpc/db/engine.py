@@ -172,17 +172,17 @@ class Database:
         except StoreUnavailable as error:
             raise told_at_start(error) from error
 
-    async def close(self) -> None:
+    async def close(self, within_s: float = _CLOSE_S) -> None:
         """Wait a little for the calls under way and end the connections, silent ones too."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+            await asyncio.wait(self._tasks, timeout=within_s / 2)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_S / 2):
+            async with asyncio.timeout(within_s / 4):
                 await self.engine.dispose()
         for connection in list(self._pool.open):
             connection.terminate()
         if self._tasks:  # what they waited for has just failed
-            await asyncio.wait(self._tasks, timeout=_CLOSE_S / 2)
+            await asyncio.wait(self._tasks, timeout=within_s / 4)
 
     def with_patience(self, timeout_s: float) -> Database:
         """The same pool, whose statements hold a silent server for gone after this."""

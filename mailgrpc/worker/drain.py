@@ -198,6 +198,9 @@ class Drain:
         try:
             while waiting and (batch := await self._next_batch(waiting, is_probe)):
                 await self._start(session_id, batch, is_probe)
+        except asyncio.CancelledError:
+            waiting.clear()  # our end must not wait for the store: the session gives all back
+            raise
         finally:
             await self._release(session_id, [i for group in waiting for i in group.delivery_ids])
         if is_probe:

@@ -52,11 +52,14 @@ class DiskFile:
     """A file on the disk, locked: one holder at a time, over all processes."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        """Open and lock it. Raises BlockingIOError where somebody holds it, OSError."""
+        """Open and lock it. Raises BlockingIOError where somebody holds it, OSError.
+
+        A new file is waited for: who looks for orphans may hold it for the blink of an eye.
+        """
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         self._fd = os.open(path, flags, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if create else fcntl.LOCK_NB))
         except OSError:
             os.close(self._fd)
             raise
@@ -131,6 +134,8 @@ class SlotFile:
             if not path.exists():  # its holder removed it between our two steps
                 raise FileNotFoundError(path)
             content = file.read()
+            if not content:  # its maker has not locked it yet
+                raise FileNotFoundError(path)
             slots = _slots_of(content)
             taken = cls(path, file, slots)
             return taken, taken._read(content, slots)

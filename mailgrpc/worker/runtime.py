@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _RING_WAIT_S = 10.0
 _WIRE_SHARE = 0.7  # of the grace time, for what is on the wire
 _SESSION_SHARE = 0.8  # until then the session is over; the rest is for connections that are silent
+_BEATS_CLOSE_S = 0.4  # nobody waits for a beat any more
 _PATIENCE_S = 10.0
 """For a statement of the hot path: none of them takes a tenth of it, and a lease is not much more."""
 
@@ -153,7 +154,7 @@ class Worker:
         await asyncio.gather(
             *(provider.close() for provider in self._channels.values()),
             self._doorbell.close(),
-            self._beats.close(),
+            self._beats.close(_BEATS_CLOSE_S),
         )
 
     async def burst(self) -> None:

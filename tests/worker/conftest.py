@@ -9,6 +9,8 @@ from mailgrpc.core.event import EventKind
 from mailgrpc.db.engine import Database
 from tests.worker.rig import Clock, LossyDatabase, Store
 
+pytest.register_assert_rewrite("tests.worker.world")
+
 
 @pytest.fixture
 async def store(db: Database) -> AsyncIterator[Store]:

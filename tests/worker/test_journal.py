@@ -178,7 +178,15 @@ async def test_a_spoilt_entry_costs_itself_alone_and_the_file_is_set_aside(
         assert len(found) == 2  # they are in a whole file now
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"MGJOURN9" + bytes(4096), bytes(SLOT_BYTES)])
+async def test_a_file_that_is_just_being_made_is_left_to_its_maker(tmp_path: Path) -> None:
+    (tmp_path / "x.journal").touch()
+    async with opened(tmp_path) as (journal, found):
+        assert found == []
+        assert await journal.adopt() == []
+    assert journals(tmp_path) == [tmp_path / "x.journal"]
+
+
+@pytest.mark.parametrize("content", [b"short", b"MGJOURN9" + bytes(4096), bytes(SLOT_BYTES)])
 async def test_what_is_not_a_journal_of_ours_is_set_aside_whole(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

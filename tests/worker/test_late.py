@@ -20,6 +20,7 @@ from mailgrpc.core.delivery import (
     next_step,
 )
 from mailgrpc.core.ids import delivery_id, new_id
+from mailgrpc.core.message import RetryWishes
 from mailgrpc.core.retry import DEFAULT_POLICY
 from mailgrpc.db.deliveries import (
     Recorded,
@@ -155,6 +156,25 @@ async def test_with_another_attempt_in_doubt_the_mark_stays(
     after = await store.delivery(message)
     assert after.possibly_sent
     assert after.state is (step.state if step else before.state)
+
+
+@pytest.mark.xfail(strict=True, reason="record_outcomes asks for attempts in doubt alone")
+@pytest.mark.parametrize("proof", [REJECTED, DEFERRED])
+async def test_with_an_earlier_attempt_accepted_the_mark_stays(
+    db: Database, store: Store, proof: Result
+) -> None:
+    """Else it is FAILED as if nothing had been sent, and Resend needs no risk accepted."""
+    message = await store.put(mode=Mode.RETRYING, retry=RetryWishes(max_attempts=2))
+    first = await _start(db, message)
+    await _record(db, first, LOST)
+    await store.make_due()
+    second = await _start(db, message)
+    now = datetime.now(UTC)
+    used_up = Step(State.OUTCOME_UNKNOWN, True)
+    await record_outcomes(db, 0, [Recorded.of(second, "", now, LOST, used_up)])
+    await _record(db, first, ACCEPTED)
+    await _record(db, second, proof)
+    assert (await store.delivery(message)).possibly_sent
 
 
 async def test_proof_about_an_attempt_whose_start_a_failover_lost_still_counts(
