@@ -91,7 +91,8 @@ def decode_token(project_id: int, token: str) -> dict[int, Position]:
     if project != project_id:
         raise _invalid("it was made for another project")
     entries = list(_ENTRY.iter_unpack(body[_HEAD.size :]))
-    if any(seq > _MAX_SEQ for _, seq, _ in entries):
+    lanes = [lane for lane, _, _ in entries]
+    if lanes != sorted(set(lanes)) or any(seq > _MAX_SEQ for _, seq, _ in entries):
         raise _invalid("it was not made by this service")
     return {lane: Position(seq, fingerprint) for lane, seq, fingerprint in entries}
 

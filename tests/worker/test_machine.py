@@ -11,6 +11,7 @@ import asyncio
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from random import Random
 
 import pytest
@@ -82,10 +83,11 @@ ANSWERS = {
     "no answer, not taken": Result(Outcome.UNKNOWN, Cause.TIMEOUT),
 }
 TAKES = ("accepted", "no answer, taken")
-MODES = st.sampled_from(Mode)
-RETRIES = st.sampled_from([RetryWishes(), RetryWishes(2), RetryWishes(3, timedelta(hours=1))])
+MODES = st.sampled_from([Mode.RETRYING, Mode.RETRYING, Mode.SEND_ONCE])
+RETRIES = st.sampled_from([RetryWishes(3, timedelta(hours=1)), RetryWishes(2)])
 OUT_OF_REACH = timedelta(minutes=2)
 """By this, waits are longer than an example takes: nothing is due before a step says so."""
+LISTS = partial(st.lists, min_size=1, max_size=2, unique_by=lambda told: told.attempt.delivery_id)
 NUMBERS = st.integers(0, 2)
 BETWEEN = ("wait", "expire", "walk", "suppress", "cancel", "cancel later")
 RESENDABLE = set(State) - {State.QUEUED, State.SENDING, State.COMPLAINED}
@@ -122,7 +124,7 @@ class Deliveries(RuleBasedStateMachine):
 
     # Workers.
 
-    @initialize(wishes=st.lists(st.tuples(MODES, RETRIES), min_size=1, max_size=3))
+    @initialize(wishes=st.lists(st.tuples(MODES, RETRIES), min_size=1, max_size=2))
     def enqueue(self, wishes: list[tuple[Mode, RetryWishes]]) -> None:
         for number, (mode, retry) in enumerate(wishes):
             put = self.store.put(f"{number}@example.com", mode=mode, retry=retry)
@@ -217,7 +219,15 @@ class Deliveries(RuleBasedStateMachine):
         self.record([told])
         return told
 
-    @rule(told=st.lists(results, min_size=1, max_size=3, unique_by=lambda t: t.attempt.delivery_id))
+    @rule(target=results, call=consumes(calls), answer=st.sampled_from(sorted(ANSWERS)))
+    def answer_too_late(self, call: Try, answer: str) -> Told:
+        """Its worker was taken for lost meanwhile."""
+        row = self.world.rows[call.delivery_id]
+        if row.attempt_id == call.started.attempt_id and row.lease is not None:
+            self.reap(self.holders.index(row.lease))
+        return self.answer(call, answer)
+
+    @rule(told=LISTS(results))
     def record(self, told: list[Told]) -> None:
         """A result stays where it came from, so that it may be recorded again."""
         self.world.run(record_outcomes(self.db, 0, [t.recorded for t in told]))
