@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from random import Random
@@ -35,13 +34,13 @@ from mailgrpc.core.delivery import (
     Result,
     State,
     Step,
-    late_step,
     next_step,
     resend_refusal,
     resend_step,
 )
 from mailgrpc.core.ids import delivery_id, message_of, new_id
 from mailgrpc.core.message import RetryWishes
+from mailgrpc.db.connecting import Connector
 from mailgrpc.db.deliveries import (
     Move,
     Recorded,
@@ -54,7 +53,6 @@ from mailgrpc.db.deliveries import (
     resend_deliveries,
     start_deliveries,
 )
-from mailgrpc.db.connecting import Connector
 from mailgrpc.db.engine import Database, SessionEnded, StaleVersion
 from mailgrpc.db.workers import end_session, open_session, read_sessions, read_started
 from mailgrpc.worker.expiry import Expiry
@@ -63,14 +61,6 @@ from tests.machines import steps
 from tests.worker.rig import Clock, Store
 from tests.worker.world import WAITING, Mail, Told, Try, World
 
-KNOWN_FAULTS = """
-Two ways in which `possibly_sent` is lost, each with a test of its own that fails until it is mended;
-then what is said of `has_lost_its_mark` here and in world.py goes:
-
-- Resend of SENT does not set it (test_what_was_sent_stays_marked_when_it_is_resent).
-- Late proof that the last attempt was not sent takes it away, though an earlier one is known to be
-  accepted (test_with_an_earlier_attempt_accepted_the_mark_stays).
-"""
 ANSWERS = {
     "accepted": Result(Outcome.ACCEPTED, status_code=250),
     "deferred": Result(Outcome.DEFERRED, Cause.MAILBOX_FULL, 452),
@@ -90,8 +80,9 @@ OUT_OF_REACH = timedelta(minutes=2)
 """By this, waits are longer than an example takes: nothing is due before a step says so."""
 LISTS = partial(st.lists, min_size=1, max_size=2, unique_by=lambda told: told.attempt.delivery_id)
 NUMBERS = st.integers(0, 2)
+WORK = ("all", "claim", "claim one", "start", "start twice", "give back")
+WHEN = ("at once", "later", "when it was taken for lost")
 BETWEEN = ("wait", "expire", "walk", "suppress", "cancel", "cancel later")
-RESENDABLE = set(State) - {State.QUEUED, State.SENDING, State.COMPLAINED}
 
 
 class Deliveries(RuleBasedStateMachine):
@@ -111,205 +102,154 @@ class Deliveries(RuleBasedStateMachine):
         self.reaper = Reaper(world.db, lane=0, clock=self.clock)
         self.alive: list[int] = []
         self.suppressed: set[str] = set()
-        self.expected: dict[uuid.UUID, tuple[State, bool]] = {}
         world.begin()
 
     @invariant()
     def every_promise_is_kept(self) -> None:
-        expected, self.expected = self.expected, {}
-        self.world.look(expected)
-
-    def any_in(self, *states: State) -> bool:
-        """Whether a delivery is in one of these states."""
-        return any(row.delivery.state in states for row in self.world.rows.values())
+        self.world.look()
 
     # Workers.
 
-    @initialize(wishes=st.lists(st.tuples(MODES, RETRIES), min_size=1, max_size=2))
-    def enqueue(self, wishes: list[tuple[Mode, RetryWishes]]) -> None:
+    @initialize(
+        target=calls,
+        wishes=st.lists(st.tuples(MODES, RETRIES), min_size=1, max_size=2),
+        starts=st.sampled_from([True, True, True, False]),
+    )
+    def enqueue(self, wishes: list[tuple[Mode, RetryWishes]], starts: bool) -> object:
         for number, (mode, retry) in enumerate(wishes):
             put = self.store.put(f"{number}@example.com", mode=mode, retry=retry)
             identifier = delivery_id(self.world.run(put), 1)
             time.sleep(0.002)  # ids are in order from one millisecond to the next
             self.world.mails.append(Mail(identifier, mode, retry.policy()))
-
-    @precondition(lambda self: self.any_in(*WAITING))
-    @rule(target=calls, number=NUMBERS)
-    def wait_claim_and_start(self, number: int) -> object:
-        self.make_due()
-        self.claim(number, 3)
         self.every_promise_is_kept()
-        return self.start(number, answer_is_lost=False)
+        return self.work("all", 0) if starts else multiple()
 
-    @precondition(lambda self: self.any_in(*WAITING))
-    @rule(number=NUMBERS, limit=st.integers(1, 3))
-    def claim(self, number: int, limit: int) -> None:
-        claims = self.world.run(claim_due(self.db, self._session(number), "default", limit, 0))
+    @rule(target=calls, what=st.sampled_from(WORK), number=NUMBERS)
+    def work(self, what: str, number: int) -> object:
+        """What one of two workers does, in its parts; a start is run twice if its answer is lost."""
+        if what == "all":
+            return multiple(*self._start_all(number))
+        session = self._session(number)
+        if what == "give back":
+            everything = [m.delivery_id for m in self.world.mails]
+            self.world.run(release_claims(self.db, session, everything))
+        elif what.startswith("claim"):
+            self._claim(session, 1 if what == "claim one" else 3)
+        else:
+            return multiple(*self._start(session, 2 if what == "start twice" else 1))
+        return multiple()
+
+    def _start_all(self, number: int) -> list[Try]:
+        self.make_due()
+        self._claim(self._session(number), 3)
+        self.every_promise_is_kept()
+        return self._start(self._session(number), 1)
+
+    def _session(self, number: int) -> int:
+        while len(self.alive) < 2:
+            self.alive.append(self.world.run(open_session(self.db, "test", ["default"])))
+        return self.alive[number % 2]
+
+    def _claim(self, session: int, limit: int) -> None:
+        claims = self.world.run(claim_due(self.db, session, "default", limit, 0))
         for claimed in claims.claimed:
             row = self.world.rows[claimed.delivery_id]
             assert row.lease is None
             assert row.delivery.state in WAITING
 
-    @precondition(lambda self: self.holders)
-    @rule(target=calls, number=NUMBERS, answer_is_lost=st.booleans())
-    def start(self, number: int, answer_is_lost: bool) -> object:
+    def _start(self, session: int, times: int) -> list[Try]:
         """All that this session holds; that it asks for the rest as well changes nothing."""
-        session = self._session(number)
-        verdicts = self._verdicts(session)
-        starting = [Starting(m.delivery_id, new_id(), new_id()) for m in self.world.mails]
-        for _ in range(1 + answer_is_lost):
+        verdicts = self.world.verdicts(session, self.suppressed)
+        starting = self._starting()
+        for _ in range(times):
             started = self.world.run(start_deliveries(self.db, session, 0, starting))
         assert {s.delivery.delivery_id for s in started} == {
             i for i, state in verdicts.items() if state is State.SENDING
         }
         for identifier, state in verdicts.items():
-            self.expected[identifier] = (
-                state,
-                self.world.rows[identifier].delivery.possibly_sent,
-            )
-        tries = []
-        for one in started:
-            mail = self.world.mail(one.delivery.delivery_id)
-            assert all(t.known for t in mail.tries)  # one attempt at a time
-            assert not mail.is_sent
-            name = f"attempt {one.delivery.attempt_count} of {self.world.mails.index(mail)}"
-            mail.tries.append(Try(name, one))
-            tries.append(mail.tries[-1])
-        return multiple(*tries)
+            self.world.expect(identifier, state)
+        return [self.world.begun(s) for s in started]
 
-    def _verdicts(self, session: int) -> dict[uuid.UUID, State]:
-        """Where a start of this session takes what it holds."""
-        verdicts = {}
-        for identifier, row in self.world.rows.items():
-            if row.lease == session and row.delivery.state in WAITING:
-                expiry = row.delivery.expire_at
-                if expiry is not None and expiry < datetime.now(UTC):
-                    verdicts[identifier] = State.EXPIRED
-                elif row.delivery.recipient in self.suppressed:
-                    verdicts[identifier] = State.SUPPRESSED
-                else:
-                    verdicts[identifier] = State.SENDING
-        return verdicts
+    def _starting(self) -> list[Starting]:
+        return [Starting(m.delivery_id, new_id(), new_id()) for m in self.world.mails]
 
-    @precondition(lambda self: self.holders)
-    @rule(number=NUMBERS)
-    def give_back(self, number: int) -> None:
-        everything = [m.delivery_id for m in self.world.mails]
-        self.world.run(release_claims(self.db, self._session(number), everything))
-
-    def _session(self, number: int) -> int:
-        """One of two that live, opened where there is none."""
-        while len(self.alive) < 2:
-            self.alive.append(self.world.run(open_session(self.db, "test", ["default"])))
-        return self.alive[number % 2]
+    @rule(
+        target=results,
+        number=NUMBERS,
+        answers=st.tuples(*[st.sampled_from(sorted(ANSWERS))] * 2),
+        when=st.sampled_from(WHEN),
+    )
+    def send(self, number: int, answers: tuple[str, str], when: str) -> object:
+        """The common way in one step: much has to happen before anything is late."""
+        calls = self._start_all(number)
+        self.every_promise_is_kept()
+        return multiple(*(self.answer(c, a, when) for c, a in zip(calls, answers, strict=False)))
 
     # Providers, and what becomes of their answers.
 
-    @rule(target=results, call=consumes(calls), answer=st.sampled_from(sorted(ANSWERS)))
-    def answer(self, call: Try, answer: str) -> Told:
+    @rule(
+        target=results,
+        call=consumes(calls),
+        answer=st.sampled_from(sorted(ANSWERS)),
+        when=st.sampled_from(WHEN),
+    )
+    def answer(self, call: Try, answer: str, when: str) -> Told:
         """The worker that called may have ended long ago: its mail leaves late, or not at all."""
+        if when == "when it was taken for lost" and self.world.is_running(call):
+            self._reap(self.world.rows[call.delivery_id].lease or 0)
         result, now = ANSWERS[answer], datetime.now(UTC)
         call.took = answer in TAKES
         policy = self.world.mail(call.delivery_id).policy
         step = next_step(call.started.delivery, result, now + OUT_OF_REACH, policy, Random(0))
-        return Told(call, Recorded.of(call.started, "test", now, result, step))
-
-    @rule(target=results, call=consumes(calls), answer=st.sampled_from(sorted(ANSWERS)))
-    def answer_and_record(self, call: Try, answer: str) -> Told:
-        told = self.answer(call, answer)
-        self.record([told])
+        told = Told(call, Recorded.of(call.started, "test", now, result, step))
+        if when == "at once":
+            self.record([told])
+            self.every_promise_is_kept()
         return told
-
-    @rule(target=results, call=consumes(calls), answer=st.sampled_from(sorted(ANSWERS)))
-    def answer_too_late(self, call: Try, answer: str) -> Told:
-        """Its worker was taken for lost meanwhile."""
-        row = self.world.rows[call.delivery_id]
-        if row.attempt_id == call.started.attempt_id and row.lease is not None:
-            self.reap(self.holders.index(row.lease))
-        return self.answer(call, answer)
 
     @rule(told=LISTS(results))
     def record(self, told: list[Told]) -> None:
         """A result stays where it came from, so that it may be recorded again."""
         self.world.run(record_outcomes(self.db, 0, [t.recorded for t in told]))
         for one in told:
-            self._expect(one.attempt, one.recorded.result, one.recorded.step)
-
-    def _expect(self, attempt: Try, result: Result, running: Step) -> None:
-        """What the rows must say now that a result was recorded."""
-        mail = self.world.mail(attempt.delivery_id)
-        row = self.world.row(mail)
-        is_news = attempt.known in (None, Outcome.UNKNOWN)
-        is_last = mail.tries[-1] is attempt
-        step: Step | None = None
-        if row.attempt_id == attempt.started.attempt_id:
-            step = running
-            mail.spared += step.spares
-        elif is_news and is_last:
-            others = any(
-                t.known in (Outcome.ACCEPTED, Outcome.UNKNOWN)
-                for t in mail.tries
-                if t is not attempt
-            )
-            step = late_step(row.delivery, result, others_may_have_left=others)
-            if step is not None and step.state is State.FAILED and not step.possibly_sent:
-                mail.has_lost_its_mark |= bool(mail.copies)
-        if step is not None:
-            self.expected[mail.delivery_id] = (step.state, step.possibly_sent)
-            mail.is_sent = step.state is State.SENT
-        if is_news:
-            attempt.known = result.outcome
-            attempt.was_unknown |= result.outcome is Outcome.UNKNOWN
+            self.world.told(one.attempt, one.recorded.result, one.recorded.step)
 
     # Reapers.
 
-    @property
-    def holders(self) -> list[int]:
-        """The sessions that hold something, by what they hold."""
-        return list(dict.fromkeys(r.lease for r in self.world.rows.values() if r.lease is not None))
+    @precondition(lambda self: self.world.holders)
+    @rule(target=results, number=NUMBERS, is_slow=st.booleans())
+    def reap(self, number: int, is_slow: bool) -> object:
+        """One that is slow has read what it is going to record, and keeps it."""
+        session = self.world.holders[number % len(self.world.holders)]
+        if not is_slow:
+            self._reap(session)
+            return multiple()
+        return multiple(*self._end(session))
 
-    def _end(self, number: int) -> int:
-        session = self.holders[number % len(self.holders)]
+    def _end(self, session: int) -> list[Told]:
+        """End a session; what a reaper will record of it."""
         assert self.world.run(end_session(self.db, session))
         self.alive = [s for s in self.alive if s != session]
         with pytest.raises(SessionEnded):
             self.world.run(claim_due(self.db, session, "default", 1, 0))
-        starting = [Starting(m.delivery_id, new_id(), new_id()) for m in self.world.mails]
         with pytest.raises(SessionEnded):
-            self.world.run(start_deliveries(self.db, session, 0, starting))
-        return session
+            self.world.run(start_deliveries(self.db, session, 0, self._starting()))
+        started = self.world.run(read_started(self.db, session))
+        lost = self.world.run(self.reaper._lost(started)) if started else []
+        return [Told(self.world.attempt(r.attempt_id), r) for r in lost]
 
-    @precondition(lambda self: self.holders)
-    @rule(target=results, number=NUMBERS)
-    def find_lost(self, number: int) -> object:
-        """A reaper has read what it is going to record, and is slow."""
-        lost = self._lost(self._end(number))
-        return multiple(*(Told(self._attempt(r.attempt_id), r) for r in lost))
-
-    @precondition(lambda self: self.holders)
-    @rule(number=NUMBERS)
-    def reap(self, number: int) -> None:
-        session = self._end(number)
-        lost = self._lost(session)
+    def _reap(self, session: int) -> None:
+        lost = self._end(session)
         sessions = self.world.run(read_sessions(self.db))
-        [ended] = [s for s in sessions if s.session_id == session]
-        self.world.run(self.reaper._settle(ended))
+        self.world.run(self.reaper._settle(next(s for s in sessions if s.session_id == session)))
         left = self.world.run(read_sessions(self.db))
         assert session not in {s.session_id for s in left}
         for one in lost:
-            self._expect(self._attempt(one.attempt_id), one.result, one.step)
-
-    def _lost(self, session: int) -> list[Recorded]:
-        started = self.world.run(read_started(self.db, session))
-        return self.world.run(self.reaper._lost(started)) if started else []
-
-    def _attempt(self, attempt_id: uuid.UUID) -> Try:
-        tries = (t for m in self.world.mails for t in m.tries)
-        return next(t for t in tries if t.started.attempt_id == attempt_id)
+            self.world.told(one.attempt, one.recorded.result, one.recorded.step)
+        self.every_promise_is_kept()
 
     # Time, and what else may come between.
 
-    @precondition(lambda self: self.any_in(*WAITING))
     @rule(target=moves, what=st.sampled_from(BETWEEN), number=NUMBERS)
     def come_between(self, what: str, number: int) -> object:
         """One rule for all of these, so that they do not crowd out the others."""
@@ -348,7 +288,7 @@ class Deliveries(RuleBasedStateMachine):
             expiry = row.delivery.expire_at
             is_free = row.is_due and row.lease is None
             if is_free and expiry is not None and expiry < datetime.now(UTC):
-                self.expected[identifier] = (State.EXPIRED, row.delivery.possibly_sent)
+                self.world.expect(identifier, State.EXPIRED)
 
     # Callers.
 
@@ -361,7 +301,6 @@ class Deliveries(RuleBasedStateMachine):
         self.world.run(self.db.write(sql, address))
         self.suppressed ^= {address}
 
-    @precondition(lambda self: self.any_in(*RESENDABLE))
     @rule(target=moves, number=NUMBERS, accept_risk=st.booleans(), at_once=st.booleans())
     def resend(self, number: int, accept_risk: bool, at_once: bool) -> object:
         mail = self._mail(number)
@@ -370,7 +309,7 @@ class Deliveries(RuleBasedStateMachine):
             return multiple()
         if delivery.recipient in self.suppressed:
             return multiple()
-        assert accept_risk or not mail.copies or mail.has_lost_its_mark
+        assert accept_risk or not mail.copies
         step, forced, expire_at = resend_step(delivery, datetime.now(UTC))
         move = Move(delivery, step, forced, expire_at)
         if at_once:
@@ -398,13 +337,12 @@ class Deliveries(RuleBasedStateMachine):
         else:
             assert self.world.run(move_deliveries(self.db, 0, "test", [move])) == is_current
         if is_current:
-            self.expected[mail.delivery_id] = (move.step.state, move.step.possibly_sent)
+            self.world.expect(mail.delivery_id, move.step.state)
         if is_current and move.step.state is State.QUEUED:
             refusal = resend_refusal(move.delivery, accept_duplicate_risk=False)
-            mail.has_lost_its_mark |= bool(mail.copies) and not move.step.possibly_sent
             mail.is_sent = False
             mail.resends += 1
-            mail.risks += refusal is not None or mail.has_lost_its_mark
+            mail.risks += refusal is not None
 
     def _resend(self, move: Move) -> bool:
         identifier = move.delivery.delivery_id

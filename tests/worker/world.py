@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from mailgrpc.core.delivery import MOVES, Delivery, Mode, Outcome, State
+from mailgrpc.core.delivery import MOVES, Delivery, Mode, Outcome, Result, State, Step, late_step
 from mailgrpc.core.retry import RetryPolicy
 from mailgrpc.db.deliveries import Recorded, Started
 from mailgrpc.db.engine import Connection, Database
@@ -53,7 +53,6 @@ class Mail:
     spared: int = 0
     resends: int = 0
     risks: int = 0  # of these, those with accept_duplicate_risk
-    has_lost_its_mark: bool = False  # a known fault, see KNOWN_FAULTS in test_machine.py
     is_sent: bool = False  # acceptance of the last attempt is recorded, and no Resend came since
 
     @property
@@ -84,9 +83,6 @@ class Row:
     is_scheduled: bool
 
 
-Expected = Mapping[uuid.UUID, tuple[State, bool]]
-
-
 class World:
     """The database of all examples, one after the other, and the mails of this one."""
 
@@ -114,12 +110,14 @@ class World:
             )
         )
         self._seq = 0
+        self._expected: dict[uuid.UUID, tuple[State, bool]] = {}
 
-    def look(self, expected: Expected) -> None:
-        """Read all rows; what moved since is `expected`, and every promise is kept."""
+    def look(self) -> None:
+        """Read all rows; what moved since was expected, and every promise is kept."""
         if self._is_as_read:
             return
-        before = self.rows
+        before, expected = self.rows, self._expected
+        self._expected = {}
         rows, attempts, events = self.run(self._read())
         self._is_as_read = True
         self.rows = {row["id"]: _row_of(row) for row in rows}
@@ -154,6 +152,8 @@ class World:
         self._seq = events[-1]["seq"] if events else self._seq
         return rows, attempts, events
 
+    # What was read, and what a step is going to change.
+
     def row(self, mail: Mail) -> Row:
         """Of a delivery, as last read."""
         return self.rows[mail.delivery_id]
@@ -161,6 +161,71 @@ class World:
     def mail(self, delivery_id: uuid.UUID) -> Mail:
         """The one with this id."""
         return next(m for m in self.mails if m.delivery_id == delivery_id)
+
+    def attempt(self, attempt_id: uuid.UUID) -> Try:
+        """The one with this id."""
+        tries = (t for m in self.mails for t in m.tries)
+        return next(t for t in tries if t.started.attempt_id == attempt_id)
+
+    def is_running(self, attempt: Try) -> bool:
+        """Whether its delivery is SENDING by this attempt."""
+        return self.rows[attempt.delivery_id].attempt_id == attempt.started.attempt_id
+
+    @property
+    def holders(self) -> list[int]:
+        """The sessions that hold something, in the order of what they hold."""
+        return list(dict.fromkeys(r.lease for r in self.rows.values() if r.lease is not None))
+
+    def expect(self, delivery_id: uuid.UUID, state: State, mark: bool | None = None) -> None:
+        """The delivery moves; its mark `possibly_sent` stays where none is given."""
+        if mark is None:
+            mark = self.rows[delivery_id].delivery.possibly_sent
+        self._expected[delivery_id] = (state, mark)
+
+    def verdicts(self, session: int, suppressed: set[str]) -> dict[uuid.UUID, State]:
+        """Where a start of this session takes what it holds."""
+        verdicts = {}
+        for identifier, row in self.rows.items():
+            if row.lease == session and row.delivery.state in WAITING:
+                expiry = row.delivery.expire_at
+                if expiry is not None and expiry < datetime.now(UTC):
+                    verdicts[identifier] = State.EXPIRED
+                elif row.delivery.recipient in suppressed:
+                    verdicts[identifier] = State.SUPPRESSED
+                else:
+                    verdicts[identifier] = State.SENDING
+        return verdicts
+
+    def begun(self, started: Started) -> Try:
+        """An attempt was started: the only one that runs, and of nothing that is known as sent."""
+        mail = self.mail(started.delivery.delivery_id)
+        assert all(t.known for t in mail.tries)
+        assert not mail.is_sent
+        name = f"attempt {started.delivery.attempt_count} of {self.mails.index(mail)}"
+        mail.tries.append(Try(name, started))
+        return mail.tries[-1]
+
+    def told(self, attempt: Try, result: Result, running: Step) -> None:
+        """A result was recorded; `running` is its step if the attempt still ran."""
+        mail = self.mail(attempt.delivery_id)
+        is_news = attempt.known in (None, Outcome.UNKNOWN)
+        step: Step | None = None
+        if self.is_running(attempt):
+            step = running
+            mail.spared += step.spares
+        elif is_news and mail.tries[-1] is attempt:
+            others = any(
+                t.known in (Outcome.ACCEPTED, Outcome.UNKNOWN)
+                for t in mail.tries
+                if t is not attempt
+            )
+            step = late_step(self.row(mail).delivery, result, others_may_have_left=others)
+        if step is not None:
+            self.expect(mail.delivery_id, step.state, step.possibly_sent)
+            mail.is_sent = step.state is State.SENT
+        if is_news:
+            attempt.known = result.outcome
+            attempt.was_unknown |= result.outcome is Outcome.UNKNOWN
 
 
 def _row_of(row: Any) -> Row:
@@ -229,7 +294,7 @@ def _no_state_claims_too_much(mail: Mail, delivery: Delivery) -> None:
     """SENT is true, and so is the silence of a delivery that is not marked `possibly_sent`."""
     if delivery.state in TAKEN:
         assert mail.copies
-    elif not (delivery.state is State.SENDING or delivery.possibly_sent or mail.has_lost_its_mark):
+    elif not (delivery.state is State.SENDING or delivery.possibly_sent):
         assert not mail.copies
     if any(t.known is Outcome.UNKNOWN for t in mail.tries):
         assert delivery.possibly_sent
