@@ -172,6 +172,9 @@ AGGREGATE_ORDER = (
 )
 """A message's state is the first of these that one of its deliveries has."""
 
+RESENT_EXPIRY = timedelta(days=5)
+"""How long what Resend has forced may wait for its channel."""
+
 LEASE_LOST_WAIT = timedelta(seconds=1)
 """Until a delivery is due again whose worker lost its lease before the mail left."""
 
@@ -210,7 +213,7 @@ class Delivery:
     spared: int = 0  # attempts of these that do not count against the policy
     due_at: datetime | None = None
     wait_reason: WaitReason = WaitReason.UNSPECIFIED
-    expire_at: datetime | None = None  # None: never, after a Resend lifted it
+    expire_at: datetime | None = None  # None: never
     forced: bool = False  # by Resend: one attempt, no retry
     possibly_sent: bool = False
     suppression_reason: SuppressionReason = SuppressionReason.UNSPECIFIED
@@ -282,13 +285,13 @@ def _not_past_expiry(delivery: Delivery, due_at: datetime) -> datetime:
     return due_at if delivery.expire_at is None else min(due_at, delivery.expire_at)
 
 
-def late_step(delivery: Delivery, result: Result, *, others_in_doubt: bool) -> Step | None:
+def late_step(delivery: Delivery, result: Result, *, others_may_have_left: bool) -> Step | None:
     """What a result that came late means; None where it changes nothing but its attempt.
 
     For an attempt that is the last one started, of a delivery that is no longer SENDING. Only
     proof moves it, and only where the state rests on none: a pending retry is then dropped. Proof
-    that it was not sent takes the mark `possibly_sent` away, unless `others_in_doubt`: another
-    attempt ended UNKNOWN. That it could have been tried again does not bring an ended delivery
+    that it was not sent takes the mark `possibly_sent` away, unless `others_may_have_left`: another
+    attempt ended UNKNOWN or was accepted. That it could have been tried again does not bring an ended delivery
     back to life: its caller was told that this never happens by itself. The database carries this
     out as it stores the result (`record_outcomes`); the two are tested against each other.
     """
@@ -298,10 +301,10 @@ def late_step(delivery: Delivery, result: Result, *, others_in_doubt: bool) -> S
     if result.outcome is Outcome.ACCEPTED:
         return Step(state, delivery.possibly_sent)
     if result.outcome is Outcome.DEFERRED and (
-        delivery.state is not State.OUTCOME_UNKNOWN or others_in_doubt
+        delivery.state is not State.OUTCOME_UNKNOWN or others_may_have_left
     ):
         return None
-    return Step(state, others_in_doubt)
+    return Step(state, others_may_have_left)
 
 
 def aggregate(states: set[State]) -> State:
@@ -324,24 +327,28 @@ def resend_refusal(delivery: Delivery, *, accept_duplicate_risk: bool) -> Reason
         return Reason.MESSAGE_SENDING
     if delivery.state in (State.QUEUED, State.COMPLAINED):
         return Reason.NOT_RESENDABLE
-    may_have_been_sent = delivery.possibly_sent or delivery.state in (
+    is_duplicate = delivery.suppression_reason is SuppressionReason.DUPLICATE
+    if (_may_have_been_sent(delivery) or is_duplicate) and not accept_duplicate_risk:
+        return Reason.DUPLICATE_RISK
+    return None
+
+
+def _may_have_been_sent(delivery: Delivery) -> bool:
+    return delivery.possibly_sent or delivery.state in (
         State.SENT,
         State.DELIVERED,
         State.OUTCOME_UNKNOWN,
     )
-    is_duplicate = delivery.suppression_reason is SuppressionReason.DUPLICATE
-    if (may_have_been_sent or is_duplicate) and not accept_duplicate_risk:
-        return Reason.DUPLICATE_RISK
-    return None
 
 
 def resend_step(delivery: Delivery, now: datetime) -> tuple[Step, bool, datetime | None]:
     """What Resend makes of a delivery that it may: (step, forced, expire_at).
 
     A DEFERRED one is due now and its policy goes on, or its single attempt if that was spared; an
-    ended one gets a single attempt, and its expiry, which may have passed, no longer binds it.
+    ended one gets a single attempt, and a new expiry: the old one may have passed, and without any
+    it would wait for ever where its channel is gone.
     """
-    step = Step(State.QUEUED, delivery.possibly_sent, now, WaitReason.DUE)
+    step = Step(State.QUEUED, _may_have_been_sent(delivery), now, WaitReason.DUE)
     if delivery.state is State.DEFERRED:
         return step, delivery.forced, delivery.expire_at
-    return step, True, None
+    return step, True, now + RESENT_EXPIRY

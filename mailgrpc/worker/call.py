@@ -25,7 +25,6 @@ from mailgrpc.providers.provider import Addressee, Provider, SendCall
 
 log = logging.getLogger(__name__)
 
-ALONE_FROM_CLAIMS = 3
 GIVEN_UP_AT_CLAIMS = 6
 CONTENT_BYTES = 32 * 1024 * 1024
 """Stored content of a batch; a message may have 10 MiB, and a claim has 200."""

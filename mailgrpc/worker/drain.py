@@ -38,7 +38,6 @@ from collections.abc import Sequence
 from mailgrpc import failpoints
 from mailgrpc.core.ids import new_id
 from mailgrpc.db.deliveries import (
-    Claimed,
     Started,
     Starting,
     claim_due,
@@ -51,7 +50,7 @@ from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
 from mailgrpc.providers.provider import Provider
 from mailgrpc.worker.breaker import Breaker
-from mailgrpc.worker.call import ALONE_FROM_CLAIMS, Group, group_claims
+from mailgrpc.worker.call import Group, group_claims
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
 from mailgrpc.worker.record import Recorder
@@ -189,7 +188,7 @@ class Drain:
         self._after_project = claims.claimed[-1].project_id
         if len(claims.claimed) >= CLAIM_DELIVERIES:
             self._doorbell.ring()  # there is more: wakes the next worker
-        claimed = await self._one_if_suspect(session_id, claims.claimed)
+        claimed = claims.claimed
         waiting = deque(await group_claims(self._database, claimed, self._group_max))
         grouped = {i for group in waiting for i in group.delivery_ids}
         await self._leave_out(
@@ -211,20 +210,6 @@ class Drain:
         """Raise StoreUnavailable where the last look would say no to whatever we started."""
         if not self._session.may_send(session_id):
             raise StoreUnavailable("no beat of this worker session was answered in time")
-
-    async def _one_if_suspect(
-        self, session_id: int, claimed: Sequence[Claimed]
-    ) -> Sequence[Claimed]:
-        """All that was claimed; or, where workers died with one of them, that one alone.
-
-        The others go back uncounted before it is touched: it may take this process with it, and
-        what it takes along counts against the innocent.
-        """
-        suspect = next((c for c in claimed if c.claims >= ALONE_FROM_CLAIMS), None)
-        if suspect is None:
-            return claimed
-        await self._release(session_id, [c.delivery_id for c in claimed if c is not suspect])
-        return [suspect]
 
     async def _leave_out(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
         """Drop what was cleared, which would be claimed for ever, and give back the others."""

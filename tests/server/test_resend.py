@@ -81,6 +81,7 @@ async def test_each_state_allows_what_the_contract_says(
     message_id = await sent(server_only)
     await put_delivery(server_only.database, message_id, state, **columns)
     before = (await server_only.status(message_id)).deliveries[0]
+    [until] = await server_only.database.fetch("SELECT expire_at FROM deliveries")
     answer = await resend(server_only, message_id, accept_duplicate_risk=accepted)
     [result] = answer.results
     assert reason(result) == (with_risk if accepted else without)
@@ -92,7 +93,8 @@ async def test_each_state_allows_what_the_contract_says(
     assert result.delivery.state == delivery_pb2.DELIVERY_STATE_QUEUED
     assert result.delivery.wait_reason == delivery_pb2.WAIT_REASON_DUE
     assert result.delivery.version == before.version + 1
-    assert result.delivery.possibly_sent == before.possibly_sent
+    may_have = before.possibly_sent or state in (State.SENT, State.DELIVERED, State.OUTCOME_UNKNOWN)
+    assert result.delivery.possibly_sent == may_have
     assert result.delivery.suppression_reason == 0
     [row] = await server_only.database.fetch(
         """SELECT d.forced, d.expire_at, (SELECT count(*) FROM due) AS due,
@@ -102,7 +104,8 @@ async def test_each_state_allows_what_the_contract_says(
     # A deferred one goes on as before; one that had ended gets a single attempt and all the time.
     ended = state is not State.DEFERRED
     assert row["forced"] == ended
-    assert (row["expire_at"] is None) == ended
+    assert (row["expire_at"] == until["expire_at"]) != ended
+    assert row["expire_at"] > datetime.now(UTC)
 
 
 async def test_an_expired_message_is_sent_after_all(server_only: Gateway) -> None:

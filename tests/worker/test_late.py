@@ -151,14 +151,13 @@ async def test_with_another_attempt_in_doubt_the_mark_stays(
     used_up = Step(State.OUTCOME_UNKNOWN, True)
     await record_outcomes(db, 0, [Recorded.of(second, "", now, LOST, used_up)])
     before = await store.delivery(message)
-    step = late_step(before, result, others_in_doubt=True)
+    step = late_step(before, result, others_may_have_left=True)
     await _record(db, second, result)
     after = await store.delivery(message)
     assert after.possibly_sent
     assert after.state is (step.state if step else before.state)
 
 
-@pytest.mark.xfail(strict=True, reason="record_outcomes asks for attempts in doubt alone")
 @pytest.mark.parametrize("proof", [REJECTED, DEFERRED])
 async def test_with_an_earlier_attempt_accepted_the_mark_stays(
     db: Database, store: Store, proof: Result
@@ -238,7 +237,7 @@ async def test_the_database_moves_what_late_step_says(
     await _record(db, started, LOST)
     await _put_into(store, state)
     before = await store.delivery(message)
-    step = late_step(before, result, others_in_doubt=False)
+    step = late_step(before, result, others_may_have_left=False)
 
     await _record(db, started, result)
     after = await store.delivery(message)

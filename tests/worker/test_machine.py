@@ -54,7 +54,8 @@ from mailgrpc.db.deliveries import (
     resend_deliveries,
     start_deliveries,
 )
-from mailgrpc.db.engine import Database, SessionEnded, StaleVersion, connect
+from mailgrpc.db.connecting import Connector
+from mailgrpc.db.engine import Database, SessionEnded, StaleVersion
 from mailgrpc.db.workers import end_session, open_session, read_sessions, read_started
 from mailgrpc.worker.expiry import Expiry
 from mailgrpc.worker.sweep import Reaper
@@ -245,8 +246,12 @@ class Deliveries(RuleBasedStateMachine):
             step = running
             mail.spared += step.spares
         elif is_news and is_last:
-            others = any(t.known is Outcome.UNKNOWN for t in mail.tries if t is not attempt)
-            step = late_step(row.delivery, result, others_in_doubt=others)
+            others = any(
+                t.known in (Outcome.ACCEPTED, Outcome.UNKNOWN)
+                for t in mail.tries
+                if t is not attempt
+            )
+            step = late_step(row.delivery, result, others_may_have_left=others)
             if step is not None and step.state is State.FAILED and not step.possibly_sent:
                 mail.has_lost_its_mark |= bool(mail.copies)
         if step is not None:
@@ -431,7 +436,9 @@ class Deliveries(RuleBasedStateMachine):
 def test_no_order_of_things_breaks_a_promise(database_url: str) -> None:
     with asyncio.Runner() as runner:
         db = Database(database_url, pool_size=1)
-        reads = runner.run(connect(database_url, command_timeout=60.0, application_name="test"))
+        reads = runner.run(
+            Connector(database_url).connect(command_timeout=60.0, application_name="test")
+        )
         try:
             world = World(runner.get_loop(), db, reads)
             run_state_machine_as_test(lambda: Deliveries(world), settings=steps(100, 60))

@@ -22,7 +22,7 @@ DROP FUNCTION record_outcomes(integer, uuid[], uuid[], integer[], uuid[], text[]
 --   where it was taken for lost and is still the last one started, the result is news to it, and
 --   the state is one of p_without_proof: the state in p_late_state (NULL: none). Proof that it was
 --   not sent, but could have been tried again (outcome 2), ends OUTCOME_UNKNOWN (9) and nothing
---   else, and that only where no other attempt is in doubt.
+--   else, and that only where no other attempt was accepted or is in doubt.
 -- p_spares: the attempt does not count against the policy, and what was forced stays so.
 -- "The last one started" is also one that this database never saw start, because its primary failed
 -- over without the last commits: its number is then ahead of the delivery's.
@@ -81,15 +81,15 @@ BEGIN
     IF coalesce(cardinality(v_rows), 0) < cardinality(p_id) THEN
         WITH held AS MATERIALIZED (
             SELECT d.id, d.state AS old_state, r.state, r.number,
-                CASE WHEN r.outcome = 1 THEN d.possibly_sent ELSE v.in_doubt END AS possibly_sent
+                CASE WHEN r.outcome = 1 THEN d.possibly_sent ELSE v.may_have_left END AS possibly_sent
             FROM deliveries d
             JOIN unnest(p_id, p_number, p_outcome, p_late_state) AS r(id, number, outcome, state)
                 ON r.id = d.id
-            CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM attempts a
-                WHERE a.delivery_id = d.id AND a.outcome = 4) AS in_doubt) AS v
+            CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM attempts a WHERE a.delivery_id = d.id
+                AND a.number <> r.number AND a.outcome IN (1, 4)) AS may_have_left) AS v
             WHERE d.id = ANY (v_news) AND d.state = ANY (p_without_proof)
                 AND d.attempt_count <= r.number AND r.state IS NOT NULL
-                AND (r.outcome <> 2 OR (d.state = 9 AND NOT v.in_doubt))
+                AND (r.outcome <> 2 OR (d.state = 9 AND NOT v.may_have_left))
                 AND d.id NOT IN (SELECT m.id FROM unnest(v_rows) AS m)
         ), moved AS (
             UPDATE deliveries d SET state = h.state, state_since = v_now, version = d.version + 1,
@@ -106,4 +106,75 @@ BEGIN
     PERFORM settle_due(v_now, v_rows || v_late);
     PERFORM append_events(p_lane, v_rows || v_late,
         array_fill(2::smallint, ARRAY[coalesce(cardinality(v_rows), 0)]) || v_old, '');
+END $$;
+
+-- Lease up to p_limit due deliveries of a channel to a session. Changes no state.
+--
+-- Projects take turns, from the one after p_after_project on, each with an equal share of the
+-- batch; within a project the higher priority goes first. Each range is read along the index, so
+-- the cost does not depend on what waits elsewhere. A delivery with which two workers have died is
+-- claimed alone: not beside others, and no others beside it, so that whoever dies next with it says
+-- something about it, and nothing about its neighbours. Where nothing was due, one row without
+-- delivery_id says in how many seconds something will be, by this server's clock (NULL: nothing
+-- is waiting).
+CREATE OR REPLACE FUNCTION claim_due(
+    p_session bigint, p_channel text, p_limit integer, p_after_project integer
+) RETURNS TABLE (
+    delivery_id uuid, project_id integer, claims smallint, next_due_in_s double precision
+) LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_now      timestamptz := clock_timestamp();
+    v_projects integer[];
+    v_next     timestamptz;
+    v_project  integer;
+    v_priority smallint;
+    v_left     integer := p_limit;
+    v_share    integer;
+    v_got      integer;
+    v_plain    uuid[];
+    v_suspect  uuid;
+BEGIN
+    -- Shared with other claims and starts, exclusive of the reaper: who got here is not ended
+    -- before this transaction is, and its claims are then seen by the reaper.
+    PERFORM FROM workers w WHERE w.id = p_session AND w.ended_at IS NULL FOR SHARE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'worker session % has ended', p_session USING ERRCODE = 'MG001';
+    END IF;
+
+    SELECT p.ready, p.next_due_at INTO v_projects, v_next
+    FROM projects_with_due(p_channel, p_after_project, 64, v_now) p;
+    FOREACH v_project IN ARRAY v_projects LOOP
+        v_share := least(v_left, ceil(p_limit::numeric / cardinality(v_projects))::integer);
+        FOREACH v_priority IN ARRAY ARRAY[40, 30, 20, 10]::smallint[] LOOP
+            EXIT WHEN v_share <= 0;
+            SELECT array_agg(p.delivery_id) FILTER (WHERE p.claims < 2),
+                (array_agg(p.delivery_id) FILTER (WHERE p.claims >= 2))[1]
+            INTO v_plain, v_suspect
+            FROM (SELECT d.delivery_id, d.claims FROM due d
+                WHERE d.channel = p_channel AND d.project_id = v_project
+                    AND d.priority = v_priority AND d.due_at <= v_now AND d.session_id IS NULL
+                ORDER BY d.due_at, d.delivery_id LIMIT v_share
+                FOR UPDATE SKIP LOCKED) AS p;
+            IF v_suspect IS NOT NULL AND v_left = p_limit THEN
+                RETURN QUERY UPDATE due d SET session_id = p_session, claims = d.claims + 1
+                WHERE d.delivery_id = v_suspect
+                RETURNING d.delivery_id, d.project_id, d.claims, NULL::double precision;
+                RETURN;
+            END IF;
+            RETURN QUERY UPDATE due d SET session_id = p_session, claims = d.claims + 1
+            WHERE d.delivery_id = ANY (v_plain)
+            RETURNING d.delivery_id, d.project_id, d.claims, NULL::double precision;
+            GET DIAGNOSTICS v_got = ROW_COUNT;
+            v_share := v_share - v_got;
+            v_left := v_left - v_got;
+        END LOOP;
+        EXIT WHEN v_left <= 0;
+    END LOOP;
+    IF v_left = p_limit THEN
+        RETURN QUERY SELECT NULL::uuid, NULL::integer, NULL::smallint,
+            extract(epoch FROM v_next - v_now)::double precision;
+    END IF;
 END $$;
