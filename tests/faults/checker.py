@@ -199,6 +199,7 @@ class _Deliveries:
                 yield "it says that it was not sent, and the mail is in the box"
             if self._is_given_up(box):
                 self._verdict.given_up += 1
+                yield "given up: six workers ended with it, and none had started it"
             elif not words["rejected"] and not (box.once and _was_in_doubt(box, self._doubted)):
                 self._row(box).lost += 1
                 yield "nobody refused it for good"

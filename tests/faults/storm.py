@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import random
 import signal
 import time
@@ -36,7 +37,7 @@ class Plan:
     callers: int = 12
     pause_s: float = 0.12
     watchers: int = 3
-    calm_s: float = 0.7  # between two faults, on average
+    calm_s: float = 0.9  # between two faults, on average
     faults: tuple[str, ...] = ()  # empty: all
     logs: Path | None = None  # where to leave what everybody said
 
@@ -59,8 +60,8 @@ class Storm:
         self._thawing: set[asyncio.Task[None]] = set()
         self._is_over = False
         self._kinds: dict[str, tuple[int, Callable[[], Awaitable[int]]]] = {
-            "worker killed": (60, lambda: self._killed(self._world.workers)),
-            "server killed": (14, lambda: self._killed(self._world.servers)),
+            "worker killed": (24, lambda: self._killed(self._world.workers)),
+            "server killed": (12, lambda: self._killed(self._world.servers)),
             "worker frozen past its lease": (4, lambda: self._frozen(self._world.workers)),
             "server frozen": (1, lambda: self._frozen(self._world.servers)),
             "worker told to stop": (4, lambda: self._told_to_stop(self._world.workers)),
@@ -133,7 +134,7 @@ class Storm:
                     task.add_done_callback(self._thawing.discard)
                 elif not program.lives_on:
                     self._bury(program)
-                    aim = self._aim(program.kind) if self._rng.random() < 0.5 else ""
+                    aim = self._aim(program.kind) if self._rng.random() < 0.35 else ""
                     line = self._world.behind_line if self._rng.random() < 0.4 else {}
                     await program.start(aim, **line)
 
@@ -171,9 +172,10 @@ class Storm:
         is_server = kind == "serve"
         places = [p for p in FAILPOINTS if p.startswith(_OF_SERVERS) == is_server]
         place = self._rng.choice(places)
-        most = 2 if place in _RARE else 40
+        # As often early as late in a life; one that ended at once every time would say little.
+        nth = int(math.exp(self._rng.uniform(0, math.log(3 if place in _RARE else 500))))
         hit = self._rng.choice(("kill", "kill", "kill", "kill", "freeze"))
-        return f"{place}={hit}@{self._rng.randint(1, most)}"
+        return f"{place}={hit}@{nth}"
 
     def _one_of(self, programs: list[Program]) -> Program | None:
         """A victim that works. The last server is mostly spared: nothing else lets mail in."""

@@ -161,7 +161,9 @@ def test_failed_and_in_the_box_is_a_lie() -> None:
 def test_given_up_is_what_six_workers_ended_with() -> None:
     box = replace(SENT, state=State.FAILED, attempts=(replace(REJECTED, cause=Cause.WORKER_LOST),))
     way = seen(State.QUEUED, State.SENDING, State.FAILED)
-    assert judged(box, way=way, faults=[KILLED] * 6).given_up == 1
+    verdict = judged(box, way=way, faults=[KILLED] * 6)
+    assert verdict.given_up == 1
+    assert "given up" in the_finding(verdict)
     assert "nobody refused it" in the_finding(judged(box, way=way, faults=[KILLED] * 5))
 
 
