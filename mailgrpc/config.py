@@ -315,6 +315,8 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(
             "MAILGRPC_EVENT_RETENTION_S: at least 259200 (72 h): tokens are promised that long"
         )
+    if settings.lease_s < 3:
+        raise SettingsError("MAILGRPC_LEASE_S: at least 3: workers look at each other each second")
     if settings.feed_lanes > 16:
         raise SettingsError("MAILGRPC_FEED_LANES: at most 16")
 

@@ -189,7 +189,9 @@ class Doorbell:
 
     def _note(self, error: BaseException | None) -> None:
         if error is not None and self._reachable:
-            log.warning("redis cannot be reached, mail flows by polling: %s", error or "time-out")
+            # By its first words: a pipeline's error repeats the whole command.
+            text = str(error).partition("(")[0] if str(error) else "time-out"
+            log.warning("redis does not ring, mail flows by polling: %s", text)
         elif error is None and not self._reachable:
             log.info("redis is back")
         self._reachable = error is None

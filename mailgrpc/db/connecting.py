@@ -127,7 +127,9 @@ class Connector:
             except (OSError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
                 tried.append((_shown(host), error))
             except ValueError as error:  # asyncpg.ClientConfigurationError is one
-                raise SettingsError(f"{SETTING}: {error}") from error
+                # Refused, not SettingsError: a certificate that is just being replaced is there
+                # again in a moment, and at a start this ends the program all the same.
+                raise Refused(str(error)) from error
             except asyncpg.InterfaceError as error:
                 tried.append((_shown(host), error))
             else:

@@ -266,12 +266,20 @@ class Database:
         try:
             result = await _committed(connection, call)
             if (doubts := self._pool.doubts) and self._pool.is_in_doubt:
-                await _committed(connection, lambda c: c.execute(_CONFIRM, timeout=self._timeout_s))
+                await self._confirm(connection)
                 self._pool.confirm(doubts)
         except (AmbiguousCommit, *_BROKEN):
             self._pool.doubt()
             raise
         return result
+
+    async def _confirm(self, connection: Connection) -> None:
+        """Wait until the standby has all so far. What fails leaves what was committed in doubt."""
+        try:
+            await _committed(connection, lambda c: c.execute(_CONFIRM, timeout=self._timeout_s))
+        except (*_NOT_BEGUN, *_UNDONE) as error:
+            connection.terminate()
+            raise AmbiguousCommit(str(error)) from error
 
     def _silent(self, connection: Connection) -> None:
         """Nothing came back in time: this connection is lost, and so is what leads to the same."""

@@ -2,14 +2,15 @@
 
 Refused connections, a wrong password, 429: such an answer says nothing about the mail in hand and
 would be the same for the next thousand (`Result.of_channel`). So the channel pauses, for longer
-each time: 1 s, doubled up to 5 minutes, or as long as the provider asks for. Then one claim of one
+each time: 1 s, doubled up to 5 minutes, or as long as the provider asks for, up to an hour. Then one claim of one
 delivery is its probe. A probe is real mail, because only that proves that mail passes: a server
 that limits rates still greets, and logs us in. While a channel pauses nothing of it is claimed;
 what had been started comes back without having been sent and without using up an attempt
 (core/delivery.py), and `expire_at` ends the waiting.
 
-A failure does not count while others pass: a server that refuses one connection too many takes mail
-on those that stand. That delivery waits, and the channel does not.
+One failure does not count while others pass: a server that refuses one connection too many takes mail
+on those that stand. So the breaker opens when more calls have failed in a row than are still under
+way, or at once where the provider says for how long. That delivery waits, the channel does not.
 
 Each worker process has its own: what one cannot reach, another one may.
 """
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 300.0
+LONGEST_OBEYED_S = 3600.0
+_BEHIND_S = 10.0
+"""By how much what was a probe waits longer than the pause: one bad mail must not be every probe."""
 _GROWTH = 2.0
 _JITTER = 0.2  # so that workers do not all come back at once
 
@@ -41,13 +45,16 @@ class Breaker:
         *,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        on_close: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_close = on_close
         self._channel = channel
         self._clock = clock
         self._rng = rng or random.Random()
         self._pauses = 0  # in a row
         self._until = float("-inf")
-        self._passed_at = float("-inf")
+        self._opened_at = float("-inf")
+        self._failures = 0  # in a row
         self.reason: Result | None = None  # why it is open
 
     @property
@@ -63,27 +70,33 @@ class Breaker:
     @property
     def pause(self) -> timedelta:
         """How long a delivery waits that the channel failed; never not at all."""
-        return timedelta(seconds=max(self.wait_s, FIRST_PAUSE_S))
+        return timedelta(seconds=max(self.wait_s + min(self.wait_s, _BEHIND_S), FIRST_PAUSE_S))
 
     def now(self) -> float:
         """A moment, to say when a call began."""
         return self._clock()
 
-    def note(self, result: Result, asked_at: float) -> None:
-        """The channel was asked at `asked_at`, and this came back."""
+    def note(self, result: Result, asked_at: float, others: int = 0) -> None:
+        """The channel was asked at `asked_at`, and this came back; `others` are still under way."""
         if result.of_channel:
-            if self._passed_at < asked_at:
-                self._open(result)
-        elif result.status_code or result.outcome is Outcome.ACCEPTED:
-            self._passed_at = self._clock()
+            self._failures += 1
+            if result.retry_after or self._failures > others or not self.is_closed:
+                self._open(result, asked_at)
+        elif result.outcome is Outcome.ACCEPTED or (
+            result.status_code and result.outcome is not Outcome.UNKNOWN
+        ):
+            self._failures = 0
             if not self.is_closed:
                 log.info("channel %s takes mail again", self._channel)
                 self.reason, self._pauses, self._until = None, 0, float("-inf")
+                self._on_close()
 
-    def _open(self, result: Result) -> None:
+    def _open(self, result: Result, asked_at: float) -> None:
         asked_for_s = result.retry_after.total_seconds() if result.retry_after else 0.0
-        if self.wait_s:  # one of those that were on their way when it opened
-            self._until = max(self._until, self._clock() + min(asked_for_s, LONGEST_PAUSE_S))
+        asked_for_s = min(asked_for_s, LONGEST_OBEYED_S)
+        if asked_at < self._opened_at:  # it was on its way when the breaker opened: no probe
+            if asked_for_s:
+                self._until = max(self._until, self._clock() + asked_for_s)
             return
         if self.is_closed:
             log.warning(
@@ -94,6 +107,7 @@ class Breaker:
             )
         pause_s = min(FIRST_PAUSE_S * _GROWTH**self._pauses, LONGEST_PAUSE_S)
         pause_s *= self._rng.uniform(1 - _JITTER, 1 + _JITTER)
-        self._until = self._clock() + max(pause_s, min(asked_for_s, LONGEST_PAUSE_S))
+        self._opened_at = self._clock()
+        self._until = self._opened_at + max(pause_s, asked_for_s)
         self._pauses = min(self._pauses + 1, 32)
         self.reason = result

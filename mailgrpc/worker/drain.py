@@ -93,7 +93,7 @@ class Drain:
         self._journal = journal
         self._group_max = provider.group_max
         self._lane = lane
-        self.breaker = Breaker(channel)
+        self.breaker = Breaker(channel, on_close=self.wake)
         self._wire = Wire(
             provider,
             recorder,
@@ -106,6 +106,7 @@ class Drain:
         self._wake = asyncio.Event()
         self._after_project = 0
         self._claims_astray = False
+        self._ended_id: int | None = None  # a session that was told to have ended
         self._is_behind = True  # there may be results from before that are not recorded
         self._retry_s = _RETRY_S
         self._stopping = False
@@ -146,6 +147,9 @@ class Drain:
     async def _guarded_pass(self) -> float | None:
         session_id = self._session.session_id
         try:
+            if self._ended_id is not None:
+                await self._session.renew(self._ended_id)
+                self._ended_id, session_id = None, self._session.session_id
             if self._claims_astray:
                 await self._session.give_back(session_id, self.channel)
                 self._claims_astray = False
@@ -154,8 +158,7 @@ class Drain:
                 self._is_behind = False
             idle_s = await self.drain_once()
         except SessionEnded:
-            with contextlib.suppress(StoreUnavailable):
-                await self._session.renew(session_id)
+            self._ended_id = session_id
         except StoreUnavailable as error:
             self._claims_astray = self._is_behind = True
             self._outage.met(error)
@@ -166,7 +169,6 @@ class Drain:
             await asyncio.sleep(self._retry_s)
             self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
         else:
-            self._outage.over()
             self._retry_s = _RETRY_S
             return idle_s
         return None
@@ -182,6 +184,7 @@ class Drain:
         claims = await claim_due(
             self._database, session_id, self.channel, most, self._after_project
         )
+        self._outage.over()
         failpoints.reach("drain.claimed")
         if not claims.claimed:
             return math.inf if claims.next_due_in_s is None else max(claims.next_due_in_s, _SOON_S)
@@ -194,16 +197,18 @@ class Drain:
         await self._leave_out(
             session_id, [c.delivery_id for c in claimed if c.delivery_id not in grouped]
         )
+        probe: list[asyncio.Task[None]] = []
         try:
             while waiting and (batch := await self._next_batch(waiting, is_probe)):
-                await self._start(session_id, batch, is_probe)
+                sending = await self._start(session_id, batch, is_probe)
+                probe += sending if is_probe else []
         except asyncio.CancelledError:
             waiting.clear()  # our end must not wait for the store: the session gives all back
             raise
         finally:
             await self._release(session_id, [i for group in waiting for i in group.delivery_ids])
-        if is_probe:
-            await self.settle()
+        if probe:
+            await asyncio.wait(probe)
         return None
 
     def _check_heard(self, session_id: int) -> None:
@@ -240,8 +245,10 @@ class Drain:
                 await asyncio.wait_for(self._wire.freed.wait(), _RETRY_S)
         return []
 
-    async def _start(self, session_id: int, batch: Sequence[Group], is_probe: bool) -> None:
-        """Commit the start of these groups, then send what came back of each."""
+    async def _start(
+        self, session_id: int, batch: Sequence[Group], is_probe: bool
+    ) -> list[asyncio.Task[None]]:
+        """Commit the start of these groups, then send what came back of each: the calls."""
         calls = {new_id(): group for group in batch}
         starting = [
             Starting(delivery_id, new_id(), call_id)
@@ -261,9 +268,11 @@ class Drain:
         members: dict[uuid.UUID, list[Started]] = {call_id: [] for call_id in calls}
         for s in started:
             members[s.call_id].append(s)
-        for call_id, group in calls.items():  # in the order of the claim
-            if members[call_id]:
-                self._wire.send(group, members[call_id], last_look, is_probe=is_probe)
+        return [
+            self._wire.send(group, members[call_id], last_look, is_probe=is_probe)
+            for call_id, group in calls.items()  # in the order of the claim
+            if members[call_id]
+        ]
 
     async def _started(self, session_id: int, starting: Sequence[Starting]) -> list[Started]:
         """What did start. Once that is in doubt, asks until it is known."""
@@ -271,7 +280,9 @@ class Drain:
         while True:
             failpoints.reach("drain.start")
             try:
-                return await start_deliveries(self._database, session_id, self._lane, starting)
+                started = await start_deliveries(self._database, session_id, self._lane, starting)
+                if in_doubt:  # what is found done may not be on the standby yet
+                    await self._database.confirm()
             except SessionEnded:
                 raise
             except Exception as error:
@@ -279,6 +290,8 @@ class Drain:
                 if not in_doubt or self._stopping:
                     raise
                 self._outage.met(error)
+            else:
+                return started
             await asyncio.sleep(_RETRY_S)
 
 

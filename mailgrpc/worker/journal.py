@@ -67,6 +67,8 @@ class Journal:
         self._open_file = open_file
         self._file: SlotFile | None = None
         self._adopted: list[SlotFile] = []
+        self._unreadable: set[Path] = set()
+        self._is_closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._unrecorded: set[uuid.UUID] = set()  # attempts whose results take up a slot
         self._reserved = 0
@@ -96,6 +98,7 @@ class Journal:
         return self._create(), []
 
     def _create(self) -> SlotFile:
+        """A new file of ours."""
         return SlotFile.create(self._directory, SUFFIX, self._slots, self._open_file)
 
     def _others(self) -> list[Path]:
@@ -112,19 +115,41 @@ class Journal:
             log.error("the journal %s is set aside: %s", path, error)
             set_aside(path)
             return None
+        except OSError as error:
+            # Of another account, or on a bad block: it must not hide those beside it.
+            if path not in self._unreadable:
+                log.error(
+                    "the journal %s cannot be read, its results are left there: %s", path, error
+                )
+            self._unreadable.add(path)
+            return None
         if not file.damaged:
             return file, found
+        try:
+            return self._made_whole(file, found), found
+        except BaseException:
+            file.close()  # with its lock: it is tried again
+            raise
+
+    def _made_whole(self, file: SlotFile, found: Sequence[Recorded]) -> SlotFile:
+        """A new file with what could be read of a damaged one, which is set aside."""
         log.error(
             "the journal %s is set aside: %d entries cannot be read, %d can;"
             " attempts whose result is lost are settled as unknown",
-            path,
+            file.path,
             file.damaged,
             len(found),
         )
         whole = self._create()
-        whole.write([(r.attempt_id, pack(r)) for r in found])
-        file.set_aside()
-        return whole, found
+        try:
+            whole.write([(r.attempt_id, pack(r)) for r in found])
+        except BaseException:
+            whole.live.clear()  # so that it goes
+            whole.close()
+            raise
+        set_aside(file.path)
+        file.let_go()
+        return whole
 
     async def adopt(self) -> list[Recorded]:
         """What dead processes left in this directory, to be recorded; `recorded` is told as ever.
@@ -135,7 +160,7 @@ class Journal:
 
     def _adopt(self) -> list[Recorded]:
         found: list[Recorded] = []
-        for path in self._others():
+        for path in [] if self._is_closed else self._others():
             if (taken := self._take_over(path)) is not None:
                 self._adopted.append(taken[0])
                 found += taken[1]
@@ -194,11 +219,16 @@ class Journal:
         if self._writer is not None:
             self._writer.cancel()
             await asyncio.gather(self._writer, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):  # a disk that hangs must not hold our end
+            await asyncio.wait_for(self._in_thread(self._close_files), _RETRY_S)
+        self._thread.shutdown(wait=False)
+
+    def _close_files(self) -> None:
+        self._is_closed = True
         files = [f for f in (self._file, *self._adopted) if f is not None]
         self._file, self._adopted = None, []
         for file in files:
-            await self._in_thread(file.close)
-        self._thread.shutdown(wait=False)
+            file.close()
 
     def _write_soon(self) -> None:
         if self._writer is None or self._writer.done():
@@ -210,7 +240,7 @@ class Journal:
             self._marks = []
             try:
                 await self._in_thread(self._write, batch, marks)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001  whatever it is: nothing may be started
                 self._in_trouble(error)
                 self._marks += marks
                 await asyncio.sleep(_RETRY_S)
@@ -231,8 +261,9 @@ class Journal:
         elif self.trouble:
             self._file.probe()
 
-    def _in_trouble(self, error: OSError) -> None:
-        text = f"the journal in {self._directory} cannot be written: {error.strerror or error}"
+    def _in_trouble(self, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        text = f"the journal in {self._directory} cannot be written: {reason}"
         if not self.trouble:
             log.error("%s; nothing is started until it can", text)
         self.trouble = text

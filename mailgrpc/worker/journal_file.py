@@ -29,6 +29,8 @@ SLOT_BYTES = 2048
 _HEADER = struct.Struct("<8sII")  # magic, bytes a slot, slots
 _MAGIC = b"MGJOURN1"
 _SLOT = struct.Struct("<II")  # all zero: free
+_SYNC = getattr(os, "fdatasync", os.fsync)  # not everywhere; fsync does more
+
 assert _SLOT.size + MOST_BYTES <= SLOT_BYTES
 
 
@@ -52,14 +54,11 @@ class DiskFile:
     """A file on the disk, locked: one holder at a time, over all processes."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        """Open and lock it. Raises BlockingIOError where somebody holds it, OSError.
-
-        A new file is waited for: who looks for orphans may hold it for the blink of an eye.
-        """
+        """Open and lock it. Raises BlockingIOError where somebody holds it, OSError."""
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         self._fd = os.open(path, flags, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if create else fcntl.LOCK_NB))
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._fd)
             raise
@@ -72,7 +71,7 @@ class DiskFile:
 
     def sync(self) -> None:
         """See File."""
-        os.fdatasync(self._fd)
+        _SYNC(self._fd)
 
     def read(self) -> bytes:
         """See File."""
@@ -110,16 +109,20 @@ class SlotFile:
         """A new file, all of it on the disk. Raises OSError; nothing is left then."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / f"{secrets.token_hex(8)}{suffix}"
-        file = open_file(path, create=True)
+        # Under a name that nobody adopts, until it is whole.
+        unready = path.with_suffix(".new")
+        file = open_file(unready, create=True)
         try:
             file.write(bytes(SLOT_BYTES * (slots + 1)), 0)
             file.write(_HEADER.pack(_MAGIC, SLOT_BYTES, slots), 0)
             file.sync()
+            unready.rename(path)
             _sync_directory(directory)
         except BaseException:
             file.close()
-            with contextlib.suppress(OSError):
-                path.unlink()
+            for name in (unready, path):
+                with contextlib.suppress(OSError):
+                    name.unlink()
             raise
         return cls(path, file, slots)
 
@@ -134,8 +137,6 @@ class SlotFile:
             if not path.exists():  # its holder removed it between our two steps
                 raise FileNotFoundError(path)
             content = file.read()
-            if not content:  # its maker has not locked it yet
-                raise FileNotFoundError(path)
             slots = _slots_of(content)
             taken = cls(path, file, slots)
             return taken, taken._read(content, slots)
@@ -182,18 +183,18 @@ class SlotFile:
     def mark(self, attempt_ids: Sequence[uuid.UUID]) -> None:
         """These are recorded: their slots, where they have one here, are free. Raises OSError."""
         for attempt_id in attempt_ids:
-            if (slot := self.live.pop(attempt_id, None)) is not None:
-                self._free.append(slot)
+            if (slot := self.live.get(attempt_id)) is not None:
                 self._file.write(bytes(_SLOT.size), slot * SLOT_BYTES)
+                del self.live[attempt_id]
+                self._free.append(slot)
 
     def probe(self) -> None:
         """Write and sync something that changes nothing. Raises OSError."""
         self._file.write(_MAGIC, 0)
         self._file.sync()
 
-    def set_aside(self) -> None:
-        """It is of no more use to us."""
-        set_aside(self.path)
+    def let_go(self) -> None:
+        """Unlock it, and leave it as it is."""
         self._file.close()
 
     def close(self) -> None:

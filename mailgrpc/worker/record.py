@@ -123,8 +123,8 @@ class Recorder:
             except Exception:  # noqa: BLE001  told where it is found
                 await self._record_singly(batch)
             else:
-                self._told(batch)
                 self._settle(len(batch))
+                self._told(batch)
 
     def _settle(self, results: int) -> None:
         self._settled += results
@@ -132,18 +132,20 @@ class Recorder:
 
     async def _record_singly(self, batch: Sequence[Recorded]) -> None:
         """One of them cannot be written; the others can."""
+        unasked: list[Recorded] = []
         for one in batch:
             try:
                 await self._record_somehow(one)
             except StoreUnavailable:
-                self._waiting.append(one)
+                unasked.append(one)
             except Exception:
                 log.exception("the result of %s cannot be recorded yet", one.delivery_id)
                 self._keep(one)
                 self._settle(1)
             else:
-                self._told([one])
                 self._settle(1)
+                self._told([one])
+        self._waiting.extendleft(reversed(unasked))  # first again: `flushed` counts on the order
 
     async def _record_somehow(self, one: Recorded) -> None:
         """With its words, or without: what came of a mail matters more than how it was put."""

@@ -99,6 +99,7 @@ class Worker:
             self._adopt,
             event_retention_s=settings.event_retention_s,
             outage=outage,
+            swift=swift,
         )
         self._running: list[asyncio.Task[None]] = []
         self._helping: list[asyncio.Task[None]] = []
@@ -137,7 +138,9 @@ class Worker:
             task.cancel()
         try:
             async with asyncio.timeout_at(began_at + grace_s * _WIRE_SHARE):
-                await asyncio.gather(*self._running)
+                for ended in await asyncio.gather(*self._running, return_exceptions=True):
+                    if isinstance(ended, Exception):
+                        log.error("a drain had ended", exc_info=ended)
                 for drain in self._drains:
                     await drain.settle()
                 await self._recorder.drain()
@@ -155,6 +158,7 @@ class Worker:
             *(provider.close() for provider in self._channels.values()),
             self._doorbell.close(),
             self._beats.close(_BEATS_CLOSE_S),
+            return_exceptions=True,  # what does not close goes with the process
         )
 
     async def burst(self) -> None:
@@ -183,7 +187,7 @@ class Worker:
         """Record what dead neighbours on this journal's directory left there."""
         try:
             found = await self._journal.adopt()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  the sweeping must go on
             log.warning("the journals of other workers cannot be looked at: %s", error)
             return
         self._take_over(found)

@@ -44,7 +44,7 @@ SWEEP_EVERY_S = 1.0
 CHORES_EVERY_S = 300.0
 PROMOTED_AT_ONCE = 2000
 _RETRY_MAX_S = 30.0
-_LOOKS_APART_S = 1.5
+_LOOKS_APART_S = 2.0
 _WORKER_LOST = Result(
     Outcome.UNKNOWN, Cause.WORKER_LOST, text="the worker ended before it could tell"
 )
@@ -159,8 +159,10 @@ class Sweeper:
         *,
         event_retention_s: float,
         outage: Outage | None = None,
+        swift: Database | None = None,
     ) -> None:
         self._database = database
+        self._swift = swift or database
         self._reaper = reaper
         self._expiry = expiry
         self._wake = wake
@@ -188,11 +190,11 @@ class Sweeper:
     async def sweep(self) -> None:
         """One round. Raises StoreUnavailable."""
         self._wake()
-        while await promote_scheduled(self._database, PROMOTED_AT_ONCE) == PROMOTED_AT_ONCE:
-            self._wake()
         # Before the reaper: what a dead neighbour wrote down is known, and not to be called lost.
         await self._adopt()
         await self._reaper.reap()
+        while await promote_scheduled(self._swift, PROMOTED_AT_ONCE) == PROMOTED_AT_ONCE:
+            self._wake()
         await self._expiry.walk()
 
     async def run_chores(self) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from mailgrpc import failpoints
-from mailgrpc.core.delivery import Mode, Outcome, Result, next_step
+from mailgrpc.core.delivery import Mode, Outcome, Result, next_step, result_text
 from mailgrpc.core.retry import DEFAULT_POLICY, RetryPolicy
 from mailgrpc.db.deliveries import Recorded, Started
-from mailgrpc.providers.provider import Provider
+from mailgrpc.providers.provider import Provider, worker_lost
 from mailgrpc.worker.breaker import Breaker
 from mailgrpc.worker.call import Group, broken, call_provider
 from mailgrpc.worker.journal import Journal
@@ -53,6 +53,7 @@ class Wire:
         self._rng = rng
         self._slots = asyncio.Semaphore(concurrency)
         self._calls: set[asyncio.Task[None]] = set()
+        self._asking: set[asyncio.Task[None]] = set()  # of these, those with a slot
         self.freed = asyncio.Event()
         """Set when a call has ended: there may be room."""
 
@@ -74,12 +75,13 @@ class Wire:
         last_look: Callable[[], bool],
         *,
         is_probe: bool = False,
-    ) -> None:
+    ) -> asyncio.Task[None]:
         """Send what was started of a group, its places in the journal reserved. Returns at once."""
         call = self._send(group, started, last_look, is_probe)
         task = asyncio.get_running_loop().create_task(call)
         self._calls.add(task)
         task.add_done_callback(functools.partial(self._ended, len(started)))
+        return task
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
@@ -87,7 +89,7 @@ class Wire:
             await asyncio.wait(self._calls)
 
     async def abandon(self) -> None:
-        """End what is on the wire, unheard; the reaper settles it."""
+        """End what is on the wire, unheard; the reaper settles it. What has no slot is not sent."""
         for task in self._calls:
             task.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
@@ -107,22 +109,41 @@ class Wire:
         is_probe: bool,
     ) -> None:
         """One call to the provider, and its results to the recorder."""
-        async with self._slots:
+        try:
+            await self._slots.acquire()
+        except asyncio.CancelledError:
+            # Abandoned before its turn: proof that it was not sent, and the reaper has none.
+            self._recorder.put([self._end(s, worker_lost(), DEFAULT_POLICY) for s in started])
+            raise
+        try:
             reason = self._breaker.reason
             if reason is not None and not is_probe:
                 results = [_not_asked(reason)] * len(started)
             else:
                 asked_at = self._breaker.now()
-                results = await call_provider(self._provider, group, started, last_look)
+                results = await self._ask(group, started, last_look)
                 failpoints.reach("drain.sent")
-                for result in results:
-                    self._breaker.note(result, asked_at)
+                others = sum(task is not asyncio.current_task() for task in self._asking)
+                self._breaker.note(_telling(results), asked_at, others)
+        finally:
+            self._slots.release()
         try:
             policy = group.policy
         except Exception:
             log.exception("the policy of %s cannot be read", started[0].delivery.delivery_id)
             policy = DEFAULT_POLICY
         self._recorder.put([self._end(s, r, policy) for s, r in zip(started, results, strict=True)])
+
+    async def _ask(
+        self, group: Group, started: Sequence[Started], last_look: Callable[[], bool]
+    ) -> list[Result]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._asking.add(task)
+        try:
+            return await call_provider(self._provider, group, started, last_look)
+        finally:
+            self._asking.discard(task)
 
     def _end(self, started: Started, result: Result, policy: RetryPolicy) -> Recorded:
         """What a result means, whatever breaks: else its delivery stayed in SENDING."""
@@ -136,7 +157,12 @@ class Wire:
         return Recorded.of(started, self._provider.name, now, result, step)
 
 
+def _telling(results: Sequence[Result]) -> Result:
+    """The one of a call's results that tells most about the channel."""
+    return next((r for r in results if r.outcome is Outcome.ACCEPTED), results[0])
+
+
 def _not_asked(reason: Result) -> Result:
     """What a delivery comes to whose channel began to pause before its turn."""
-    text = f"not asked, the channel pauses: {reason.text}"
+    text = result_text(f"not asked, the channel pauses: {reason.text}")
     return Result(Outcome.DEFERRED, reason.cause, text=text, of_channel=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -14,7 +13,11 @@ from mailgrpc.db.deliveries import Move, move_deliveries
 from mailgrpc.db.engine import Database
 from mailgrpc.providers.capture import CaptureProvider
 from mailgrpc.providers.provider import SendCall
-from mailgrpc.worker.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
+from mailgrpc.worker.breaker import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    Breaker,
+)
 from tests.worker.rig import ACCEPTED, Clock, Part, Scripted, Store
 
 REFUSED = Result(Outcome.DEFERRED, Cause.CONNECTION, text="connection refused", of_channel=True)
@@ -52,44 +55,50 @@ def test_the_pauses_grow_and_end_with_the_first_answer(breaker: Breaker, clock: 
 def test_one_connection_too_many_does_not_stop_those_that_pass(
     breaker: Breaker, clock: Clock
 ) -> None:
-    asked_at = clock.now
-    clock.now += 1
-    breaker.note(ACCEPTED, asked_at)
-    breaker.note(REFUSED, asked_at)
-    assert breaker.is_closed
-    assert breaker.pause.total_seconds() == FIRST_PAUSE_S  # that delivery waits all the same
-    breaker.note(REFUSED, clock.now + 1)
-    assert not breaker.is_closed
+    for _ in range(100):  # eight at once, of which the server takes five
+        for _ in range(3):
+            breaker.note(REFUSED, clock.now, others=5)
+        assert breaker.is_closed
+        assert breaker.pause.total_seconds() == FIRST_PAUSE_S  # those deliveries wait all the same
+        breaker.note(ACCEPTED, clock.now, others=4)
 
 
-def test_what_fails_while_it_pauses_makes_it_no_longer_unless_it_asks_for_that(
+def test_where_none_passes_it_opens_after_as_many_as_are_under_way(
     breaker: Breaker, clock: Clock
 ) -> None:
-    for _ in range(70):
-        breaker.note(REFUSED, clock.now)
-    assert breaker.wait_s == FIRST_PAUSE_S
-    breaker.note(replace(REFUSED, retry_after=timedelta(seconds=90)), clock.now)
-    assert breaker.wait_s == 90
-    breaker.note(replace(REFUSED, retry_after=timedelta(days=30)), clock.now)
-    assert breaker.wait_s == LONGEST_PAUSE_S  # the delivery itself waits as long as asked
-
-
-@pytest.mark.parametrize(
-    "result",
-    [
-        Result(Outcome.UNKNOWN, Cause.TIMEOUT),
-        Result(Outcome.REJECTED, Cause.INTERNAL),
-        Result(Outcome.DEFERRED, Cause.WORKER_LOST),
-    ],
-)
-def test_what_no_server_has_said_proves_nothing(
-    breaker: Breaker, clock: Clock, result: Result
-) -> None:
-    breaker.note(result, clock.now)
-    assert breaker.is_closed
-    breaker.note(REFUSED, clock.now)
-    breaker.note(result, clock.now)
+    for _ in range(7):
+        breaker.note(REFUSED, clock.now, others=7)
+        assert breaker.is_closed
+    breaker.note(REFUSED, clock.now, others=7)
     assert not breaker.is_closed
+
+
+def test_a_provider_that_says_for_how_long_is_obeyed_at_once(
+    breaker: Breaker, clock: Clock
+) -> None:
+    told = Result(
+        Outcome.DEFERRED, Cause.RATE_LIMITED, 429, retry_after=timedelta(seconds=7), of_channel=True
+    )
+    breaker.note(told, clock.now, others=7)
+    assert breaker.wait_s == 7
+
+
+def test_a_server_that_breaks_down_proves_that_nothing_passes(
+    breaker: Breaker, clock: Clock
+) -> None:
+    breaker.note(REFUSED, clock.now)
+    breaker.note(Result(Outcome.UNKNOWN, Cause.PROVIDER, 503), clock.now)
+    assert not breaker.is_closed
+
+
+async def test_a_drain_that_waits_is_woken_when_its_channel_passes_again(
+    db: Database, clock: Clock
+) -> None:
+    async with Part(db, clock) as part:
+        part.drain.breaker.note(REFUSED, 0.0)
+        part.drain._wake.clear()
+        part.drain.breaker.note(ACCEPTED, 0.0)
+        assert part.drain._wake.is_set()
 
 
 class Line(CaptureProvider):
@@ -122,7 +131,7 @@ async def test_deliveries_wait_for_a_channel_without_using_up_attempts(
     async with Part(db, clock, line, concurrency=2) as part:
         await part.work()
         asked = line.asked
-        assert asked <= 3  # what was on its way when the first came back
+        assert asked <= 4  # what was on its way when the first came back
         assert await part.drain.drain_once() is not None  # and nothing more is claimed
         for _ in range(5):
             _time_passes(part)

@@ -179,14 +179,39 @@ async def test_a_spoilt_entry_costs_itself_alone_and_the_file_is_set_aside(
 
 
 async def test_a_file_that_is_just_being_made_is_left_to_its_maker(tmp_path: Path) -> None:
-    (tmp_path / "x.journal").touch()
+    (tmp_path / "x.new").touch()
     async with opened(tmp_path) as (journal, found):
         assert found == []
         assert await journal.adopt() == []
-    assert journals(tmp_path) == [tmp_path / "x.journal"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.new"]
 
 
-@pytest.mark.parametrize("content", [b"short", b"MGJOURN9" + bytes(4096), bytes(SLOT_BYTES)])
+async def test_a_journal_that_cannot_be_read_hides_none_of_those_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Guarded(DiskFile):
+        def __init__(self, path: Path, *, create: bool = False) -> None:
+            if path.name == "m.journal":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            super().__init__(path, create=create)
+
+    results = [a_result() for _ in range(2)]
+    async with opened(tmp_path, open_file=Guarded) as (journal, _):
+        for name, one in zip(("a", "z"), results, strict=True):
+            await written(tmp_path / name, one)
+            [path] = journals(tmp_path / name)
+            path.rename(tmp_path / f"{name}.journal")
+        (tmp_path / "m.journal").write_bytes(b"not ours to read")
+        found = await journal.adopt()
+        assert sorted(found, key=str) == sorted(results, key=str)
+        await journal.adopt()
+        journal.recorded(found)
+        await until(lambda: not journal._marks)
+    assert caplog.text.count("cannot be read") == 1
+    assert (tmp_path / "m.journal").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"MGJOURN9" + bytes(4096), bytes(SLOT_BYTES)])
 async def test_what_is_not_a_journal_of_ours_is_set_aside_whole(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
