@@ -148,7 +148,7 @@ class Doorbell:
             self._task.cancel()
         if self._redis is not None:
             with contextlib.suppress(*_BROKEN):
-                await self._redis.aclose(close_connection_pool=True)
+                await asyncio.wait_for(self._redis.aclose(close_connection_pool=True), 1)
 
     def _want(self, what: str) -> None:
         if self._redis is None:

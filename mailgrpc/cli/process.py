@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterator
 
 import click
@@ -47,8 +50,15 @@ def told() -> Iterator[None]:
         sys.exit(1)
 
 
-def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Run `main` with an event that SIGTERM or Ctrl-C sets; a second one ends at once."""
+_OVERTIME_S = 4.0
+
+
+def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]], grace_s: float) -> None:
+    """Run `main` with an event that SIGTERM or Ctrl-C sets; a second one ends at once.
+
+    A `main` that has not returned well after its grace time hangs: the process says where, and
+    ends, before whoever sent the signal loses patience and nobody learns why.
+    """
 
     async def run() -> None:
         stop = asyncio.Event()
@@ -58,6 +68,10 @@ def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         def asked() -> None:
             if stop.is_set():
                 task.cancel()
+            else:
+                overtime = threading.Timer(grace_s + _OVERTIME_S, _give_up, [loop])
+                overtime.daemon = True
+                overtime.start()
             stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,3 +81,15 @@ def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
 
     with told():
         uvloop.run(run())
+
+
+def _give_up(loop: asyncio.AbstractEventLoop) -> None:
+    """In a thread of its own: the loop itself may be what hangs."""
+    click.echo("mailgrpc: told to stop, and still not over; this is what hangs:", err=True)
+    for thread, frame in sys._current_frames().items():  # noqa: SLF001  the only way to see them
+        if thread != threading.get_ident():
+            traceback.print_stack(frame)
+    for task in asyncio.all_tasks(loop):
+        task.print_stack()
+    sys.stderr.flush()
+    os._exit(1)

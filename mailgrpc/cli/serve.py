@@ -18,7 +18,7 @@ from mailgrpc.telemetry import notify_ready
 def serve(listen: str | None) -> None:
     """Serve gRPC until SIGTERM or Ctrl-C."""
     settings = load(listen=listen)
-    run_until_stopped(lambda stop: _serve(settings, stop))
+    run_until_stopped(lambda stop: _serve(settings, stop), settings.grace_s)
 
 
 async def _serve(settings: Settings, stop: asyncio.Event) -> None:

@@ -19,7 +19,7 @@ from mailgrpc.worker.runtime import Worker
 def work(burst: bool) -> None:
     """Deliver what is due until SIGTERM or Ctrl-C."""
     settings = load()
-    run_until_stopped(lambda stop: _work(settings, stop, burst))
+    run_until_stopped(lambda stop: _work(settings, stop, burst), settings.grace_s)
 
 
 async def _work(settings: Settings, stop: asyncio.Event, burst: bool) -> None:
