@@ -10,6 +10,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 import uvloop
@@ -83,6 +85,13 @@ def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]], grace_s:
         uvloop.run(run())
 
 
+def _awaited(coroutine: Any) -> Iterator[str]:
+    """Where a coroutine stands, and what it awaits there, down to a future."""
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        yield f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        coroutine = coroutine.cr_await
+
+
 def _give_up(loop: asyncio.AbstractEventLoop) -> None:
     """In a thread of its own: the loop itself may be what hangs."""
     click.echo("mailgrpc: told to stop, and still not over; this is what hangs:", err=True)
@@ -90,6 +99,6 @@ def _give_up(loop: asyncio.AbstractEventLoop) -> None:
         if thread != threading.get_ident():
             traceback.print_stack(frame)
     for task in asyncio.all_tasks(loop):
-        task.print_stack()
+        click.echo(f"{task.get_name()}: {' > '.join(_awaited(task.get_coro()))}", err=True)
     sys.stderr.flush()
     os._exit(1)
