@@ -107,7 +107,10 @@ class Doorbell:
             return False
         try:
             blocking: Any = self._redis.blpop([_RINGS], timeout=max(round(timeout_s), 1))
-            answer = await asyncio.wait_for(blocking, timeout_s + 2)
+            # Never wait_for, here and in every loop: it loses a cancellation that comes together
+            # with the answer, and who cancelled then waits for ever.
+            async with asyncio.timeout(timeout_s + 2):
+                answer = await blocking
         except _BROKEN as error:
             self._note(error)
             await asyncio.sleep(min(timeout_s, _RECONNECT_S))
@@ -161,7 +164,8 @@ class Doorbell:
         while self._wanted:
             wanted, self._wanted = self._wanted, set()
             try:
-                await asyncio.wait_for(self._send_once(wanted), 2)
+                async with asyncio.timeout(2):
+                    await self._send_once(wanted)
                 self._note(None)
             except _BROKEN as error:
                 self._note(error)

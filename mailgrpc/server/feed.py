@@ -171,7 +171,8 @@ class Feed:
             if not more:
                 poll = _POLL_HINTED_S if self._doorbell.exists else _POLL_UNHINTED_S
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), poll)
+                    async with asyncio.timeout(poll):
+                        await self._wake.wait()
                 self._wake.clear()
 
     async def _read_on(self) -> bool:
@@ -195,7 +196,8 @@ class Feed:
         self.ring.begin(place)
         self._reader_came.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._reader_came.wait(), _IDLE_S)
+            async with asyncio.timeout(_IDLE_S):
+                await self._reader_came.wait()
         return True
 
     async def _listen(self) -> None:

@@ -128,7 +128,8 @@ class Drain:
             idle_s = await self._guarded_pass()
             if idle_s is not None and not self._stopping:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), min(idle_s, _IDLE_S))
+                    async with asyncio.timeout(min(idle_s, _IDLE_S)):
+                        await self._wake.wait()
 
     async def burst(self) -> None:
         """Send all that is due now, and see it recorded. Raises StoreUnavailable, SessionEnded."""
@@ -242,7 +243,8 @@ class Drain:
             if batch := _take(waiting, room, self._journal.room):
                 return batch
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wire.freed.wait(), _RETRY_S)
+                async with asyncio.timeout(_RETRY_S):
+                    await self._wire.freed.wait()
         return []
 
     async def _start(

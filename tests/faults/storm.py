@@ -34,7 +34,7 @@ class Plan:
     seconds: float
     servers: int = 2
     workers: int = 3
-    callers: int = 12
+    callers: int = 16
     pause_s: float = 0.12
     watchers: int = 3
     calm_s: float = 0.9  # between two faults, on average
