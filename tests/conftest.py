@@ -23,6 +23,9 @@ from mailgrpc.db.schema import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
 from tests.gateway import Gateway
+from tests.machines import register_profiles
+
+register_profiles()
 
 TEMPLATE = "mailgrpc_template"
 _numbers = itertools.count(1)

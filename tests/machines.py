@@ -14,7 +14,7 @@ def register_profiles() -> None:
     """Make the long way known to pytest's option."""
     settings.register_profile(
         "long",
-        max_examples=3000,
+        max_examples=1000,
         stateful_step_count=80,
         deadline=None,
         suppress_health_check=_SLOW_IS_FINE,
