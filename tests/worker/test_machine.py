@@ -344,7 +344,7 @@ class Deliveries(RuleBasedStateMachine):
         else:
             assert self.world.run(move_deliveries(self.db, 0, "test", [move])) == is_current
         if is_current:
-            self.world.expect(mail.delivery_id, move.step.state)
+            self.world.expect(mail.delivery_id, move.step.state, move.step.possibly_sent)
         if is_current and move.step.state is State.QUEUED:
             refusal = resend_refusal(move.delivery, accept_duplicate_risk=False)
             mail.is_sent = False
