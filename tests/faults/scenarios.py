@@ -86,6 +86,16 @@ def assert_nothing_twice(world: World, boxes: Sequence[Box], *, but: int = 0) ->
     assert len(unsaid) <= but, f"in the box and not SENT: {unsaid}"
 
 
+def _patient(world: World) -> dict[str, str]:
+    """Settings of a worker that gives a provider which holds its answer half a minute."""
+    urls = {k: v for k, v in world.environ.items() if k.startswith("MAILGRPC_CHANNEL_")}
+    assert all("timeout=2" in url for url in urls.values())
+    return {
+        **{key: url.replace("timeout=2", "timeout=30") for key, url in urls.items()},
+        "MAILGRPC_ATTEMPT_TIMEOUT_S": "40",
+    }
+
+
 async def few_in_doubt_when_a_worker_is_killed(world: World) -> None:
     """200 SEND_ONCE deliveries claimed, 8 of them on the wire: at most 8 end in doubt."""
     await world.add("serve")
@@ -130,14 +140,24 @@ async def an_outage_of_postgresql_is_nobodys_end(world: World) -> None:
     await world.add("serve")
     world.behave("sure")
     for _ in range(2):
-        await world.add("work", MAILGRPC_LEASE_S=str(lease_s))
+        await world.add("work", MAILGRPC_LEASE_S=str(lease_s), **_patient(world))
     async with load(world) as clients:
         await until(lambda: len(clients.history.acknowledged) > 100)
         world.behave("hold")
         await put(world, 40, ONCE, "once")
         await put(world, 40, RETRYING, "retrying")
-        await asyncio.sleep(1)  # until the slots are full
+        # One worker may have claimed all of that: there must be something to take from each.
+        for more in range(20):
+            await asyncio.sleep(0.5)
+            if len(held := await sql(world, _STARTED_BY_SESSION)) == 2:
+                break
+            await put(world, 100, RETRYING, f"more-{more}")
+        assert len(held) == 2, "one worker has started everything"
+        # Still until its neighbour has seen its last beat, so that it could be taken for gone at once.
+        world.workers[0].send(signal.SIGSTOP)
+        await asyncio.sleep(lease_s / 3)
         await world.crash_postgres()
+        world.workers[0].send(signal.SIGCONT)
         world.behave("sure")
         await asyncio.sleep(3 * lease_s)
         # One of them is slow to come back, by half a lease: its neighbour must not jump at that.
@@ -156,14 +176,13 @@ async def an_outage_of_postgresql_is_nobodys_end(world: World) -> None:
         assert {b.state for b in boxes} == {State.SENT}, Counter(b.state for b in boxes)
 
 
+_STARTED_BY_SESSION = """SELECT q.session_id FROM due q JOIN deliveries d ON d.id = q.delivery_id
+    WHERE d.state = 2 GROUP BY q.session_id HAVING count(*) >= 5"""
+
+
 async def a_late_result_leaves_the_running_attempt_alone(world: World) -> None:
     """A worker frozen before it sent goes on while another one sends: only that one counts."""
-    patient = {
-        "MAILGRPC_CHANNEL_URL": world.environ["MAILGRPC_CHANNEL_URL"].replace(
-            "timeout=2&", "timeout=30&"
-        ),
-        "MAILGRPC_ATTEMPT_TIMEOUT_S": "40",
-    }
+    patient = _patient(world)
     await world.add("serve")
     world.behave("hold")
     frozen = await world.add("work", **patient)
