@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,6 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import asyncpg
+
+from bench.machine import PLACE
 from mailgrpc.db.schema import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
@@ -37,20 +41,56 @@ class Child:
         self.address = line.removeprefix("ready").strip()
 
     def cpu_s(self) -> float:
-        """Processor seconds that it used so far, user and system."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        """Processor seconds that it and its children used so far, user and system."""
+        return tree_cpu_s(self.process.pid)
+
+    def memory_mb(self) -> float:
+        """What is resident and not shared with others (PSS), with its children."""
+        return sum(_pss_kb(pid) for pid in tree(self.process.pid)) / 1024
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.communicate(timeout=40)
 
 
-class Family:
-    """What the rows run against. `url` is a migrated, durable database."""
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(p for child in children for p in tree(int(child)))]
 
-    def __init__(self, url: str, redis_url: str) -> None:
+
+def tree_cpu_s(pid: int) -> float:
+    """Processor seconds of a process and all below it, with those that ended."""
+    used = 0
+    for each in tree(pid):
+        try:
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        used += sum(int(field) for field in fields[11:15])
+    return used / TICKS
+
+
+def _pss_kb(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+class Family:
+    """What the rows run against. `url` is a migrated, durable database, new for each row."""
+
+    def __init__(self, url: str, redis_url: str, data: Path) -> None:
         self.url = url
+        self.redis_url = redis_url
+        self._data = data
         self.environ = {
             "MAILGRPC_DATABASE_URL": url,
             "MAILGRPC_REDIS_URL": redis_url,
@@ -61,29 +101,47 @@ class Family:
         }
 
     @contextlib.contextmanager
-    def running(self, command: str) -> Iterator[Child]:
-        child = Child(command, environ=self.environ)
+    def running(self, *command: str, **environ: str) -> Iterator[Child]:
+        """One of our programs, e.g. `running("serve")`, with settings of its own."""
+        child = Child(*command, environ={**self.environ, **environ})
         try:
             yield child
         finally:
             child.stop()
 
+    def sql(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        """Ask the database, on a connection of its own."""
+
+        async def ask() -> list[asyncpg.Record]:
+            connection = await asyncpg.connect(
+                self.url, server_settings={"search_path": "mailgrpc"}
+            )
+            try:
+                return list(await connection.fetch(statement, *arguments))
+            finally:
+                await connection.close()
+
+        return asyncio.run(ask())
+
+    def stored(self) -> int:
+        """How many messages there are."""
+        return int(self.sql("SELECT count(*) AS n FROM messages")[0]["n"])
+
+    def postgres_cpu_s(self) -> float:
+        """Processor seconds of PostgreSQL so far."""
+        pid = (self._data / "postgres" / "postmaster.pid").read_text().split()[0]
+        return tree_cpu_s(int(pid))
+
 
 @contextlib.contextmanager
 def family() -> Iterator[Family]:
     """Start the stores in a temporary place, with fsync and synchronous_commit on."""
-    with (
-        tempfile.TemporaryDirectory(prefix="mailgrpc-bench-", dir=_place()) as place,
-        EmbeddedPostgres(Path(place) / "data") as postgres,
-        EmbeddedValkey() as valkey,
-    ):
-        migrate(postgres.url)
-        yield Family(postgres.url, valkey.url)
-
-
-def _place() -> str:
-    # A disk, not a memory file system: durability is what is paid for.
-    return "/var/tmp"
+    with tempfile.TemporaryDirectory(prefix="mailgrpc-bench-", dir=PLACE) as place:
+        Path(place).chmod(0o711)
+        data = Path(place) / "data"
+        with EmbeddedPostgres(data) as postgres, EmbeddedValkey() as valkey:
+            migrate(postgres.url)
+            yield Family(postgres.url, valkey.url, data)
 
 
 @contextlib.contextmanager
@@ -100,15 +158,19 @@ def bare_server() -> Iterator[str]:
         process.wait(10)
 
 
-def load(target: str, method: str, *, seconds: float, concurrency: int, batch: int = 1) -> dict:
-    """Run the load generator in a process of its own."""
+def calls(target: str, *, seconds: float, concurrency: int = 0, rate: float = 0.0) -> dict:
+    """One Enqueue a call, by bench/load/calls.py: closed with `concurrency`, open with `rate`."""
+    how = ["--rate", str(rate)] if rate else ["--concurrency", str(concurrency)]
+    return _generator("bench.load.calls", target, "--seconds", str(seconds), *how)
+
+
+def batches(target: str, *, seconds: float, concurrency: int, size: int) -> dict:
+    """EnqueueBatch, by bench/load/batches.py."""
+    return _generator("bench.load.batches", target, str(seconds), str(concurrency), str(size))
+
+
+def _generator(*command: str) -> dict:
     done = subprocess.run(
-        [
-            sys.executable, "-m", "bench.load",
-            target, method, str(seconds), str(concurrency), str(batch),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", *command], check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(done.stdout)
