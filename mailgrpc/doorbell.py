@@ -7,8 +7,9 @@ when it is back.
 
 A ring is two things. A push on a list that idle workers block on, which is heard at once; and an
 arq job `drain`, for workers run by arq's own command and so that what is queued is visible in
-arq's tools. The list is kept short and rings are joined: however many messages came, there is at
-most one push every few milliseconds and a few jobs a second, and none while jobs lie there that
+arq's tools. The list is kept short and rings are joined: the first goes out at once, those after it at
+intervals that leave most of the time to other work, a few milliseconds on an idle process. There are
+a few jobs a second, and none while jobs lie there that
 nobody takes. A job never has a fixed id, because arq swallows one whose id is still known; only
 `ring_at` uses one a second, where that is wanted.
 """
@@ -42,7 +43,8 @@ _RINGS = "mailgrpc:rings"
 _FEED = "mailgrpc:feed"
 _RINGS_KEPT = 16
 _JOBS_KEPT = 16
-_PUSH_EVERY_S = 0.005
+_REST = 9  # times as long as the last sending took: at most a tenth of the time goes into ringing
+_LONGEST_REST_S = 0.025
 _JOB_EVERY_S = 0.25
 _RECONNECT_S = 0.5
 _AHEAD_S = 600.0
@@ -161,15 +163,17 @@ class Doorbell:
             self._task = asyncio.get_running_loop().create_task(self._send())
 
     async def _send(self) -> None:
+        clock = asyncio.get_running_loop().time
         while self._wanted:
             wanted, self._wanted = self._wanted, set()
+            began_at = clock()
             try:
                 async with asyncio.timeout(2):
                     await self._send_once(wanted)
                 self._note(None)
             except _BROKEN as error:
                 self._note(error)
-            await asyncio.sleep(_PUSH_EVERY_S)
+            await asyncio.sleep(min((clock() - began_at) * _REST, _LONGEST_REST_S))
 
     async def _send_once(self, wanted: set[str]) -> None:
         assert self._redis is not None

@@ -25,7 +25,7 @@ import uvloop
 
 from bench.load.mails import request
 
-PREPARED_A_SECOND = 9000
+PREPARED_A_SECOND = 16000
 CONNECTIONS = 4
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8

@@ -10,12 +10,12 @@ from mailgrpc.v1 import message_pb2
 
 
 def request(
-    *, mode: int = 0, domain: str = "example.test", attachment_bytes: int = 0
+    *, mode: int = 0, domain: str = "example.org", attachment_bytes: int = 0
 ) -> pb.EnqueueRequest:
     """One mail to one recipient, with a body of 600 characters."""
     order = str(uuid.uuid4())
     message = message_pb2.MailMessage(
-        sender=message_pb2.Mailbox(address="shop@example.test", name="The Shop"),
+        sender=message_pb2.Mailbox(address="shop@example.org", name="The Shop"),
         to=[message_pb2.Recipient(address=f"{os.urandom(6).hex()}@{domain}")],
         subject="Your receipt",
         text=os.urandom(300).hex(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -81,8 +82,19 @@ def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]], grace_s:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
+    _collect_seldom()
     with told():
         uvloop.run(run())
+
+
+def _collect_seldom() -> None:
+    """Look for cycles among objects far less often than Python does by itself.
+
+    Nearly all that a call makes is freed by its references, and looking at what is alive after
+    every few hundred objects took a tenth of the processor.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
 
 
 def _awaited(coroutine: Any) -> Iterator[str]:

@@ -31,14 +31,18 @@ CALL = "call_"
 
 def new_id(now_ms: int | None = None) -> uuid.UUID:
     """A UUIDv7: for attempts, calls and events. `now_ms` is Unix time in milliseconds."""
-    ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
-    value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(os.urandom(10), "big")
-    return uuid.UUID(int=value & ~(0xF << 76 | 0x3 << 62) | 7 << 76 | 2 << 62)
+    return uuid.UUID(int=_number(now_ms))
 
 
 def new_message_id(now_ms: int | None = None) -> uuid.UUID:
     """A fresh message id; its last 16 bits are zero."""
-    return uuid.UUID(int=new_id(now_ms).int & ~0xFFFF)
+    return uuid.UUID(int=_number(now_ms) & ~0xFFFF)
+
+
+def _number(now_ms: int | None) -> int:
+    ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+    value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(os.urandom(10), "big")
+    return value & ~(0xF << 76 | 0x3 << 62) | 7 << 76 | 2 << 62
 
 
 def first_id_at(moment: datetime) -> uuid.UUID:

@@ -132,17 +132,13 @@ class MailServer:
         await check_schema(self._database)
         self._warn_of_what_is_open()
         await self._feed.start()
-        server = grpc.aio.server(
-            interceptors=[
-                Edge(
-                    self._database.with_patience(LOOK_UP_S),
-                    keys=self._settings.auth == "keys",
-                    deadline_s=self._settings.default_deadline_s,
-                )
-            ],
-            options=_options(),
+        server = grpc.aio.server(options=_options())
+        edge = Edge(
+            self._database.with_patience(LOOK_UP_S),
+            keys=self._settings.auth == "keys",
+            deadline_s=self._settings.default_deadline_s,
         )
-        mail_service_pb2_grpc.add_MailServiceServicer_to_server(self._service, server)
+        mail_service_pb2_grpc.add_MailServiceServicer_to_server(self._service, edge.around(server))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from typing import TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
@@ -49,6 +50,7 @@ from mailgrpc.v1 import (
     message_pb2,
 )
 
+_T = TypeVar("_T")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_SECONDS = 253402300799  # 9999-12-31T23:59:59Z
 
@@ -74,30 +76,39 @@ _LOOKED_AT = 101
 
 
 def _message(m: message_pb2.MailMessage) -> MailMessage:
+    # Most messages have one recipient and little else: what is not there costs one look.
+    recipients = [Recipient(r.address, r.name, Role.TO) for r in _first(m.to)]
+    if cc := m.cc:
+        recipients += [Recipient(r.address, r.name, Role.CC) for r in _first(cc)]
+    if bcc := m.bcc:
+        recipients += [Recipient(r.address, r.name, Role.BCC) for r in _first(bcc)]
+    args = m.custom_args
     return MailMessage(
-        sender=_mailbox(m.sender) if m.HasField("sender") else None,
-        recipients=(
-            *(Recipient(r.address, r.name, Role.TO) for r in m.to[:_LOOKED_AT]),
-            *(Recipient(r.address, r.name, Role.CC) for r in m.cc[:_LOOKED_AT]),
-            *(Recipient(r.address, r.name, Role.BCC) for r in m.bcc[:_LOOKED_AT]),
-        ),
-        subject=m.subject,
-        text=m.text,
-        html=m.html,
-        reply_to=tuple(_mailbox(r) for r in m.reply_to[:_LOOKED_AT]) if m.reply_to else (),
-        headers=tuple(Header(h.name, h.value) for h in m.headers[:_LOOKED_AT]) if m.headers else (),
-        attachments=tuple(
-            Attachment(a.filename, a.data, a.content_type, a.content_id)
-            for a in m.attachments[:_LOOKED_AT]
+        _mailbox(m.sender) if m.HasField("sender") else None,
+        tuple(recipients),
+        m.subject,
+        m.text,
+        m.html,
+        tuple([_mailbox(r) for r in _first(reply_to)]) if (reply_to := m.reply_to) else (),
+        tuple([Header(h.name, h.value) for h in _first(headers)]) if (headers := m.headers) else (),
+        tuple(
+            [
+                Attachment(a.filename, a.data, a.content_type, a.content_id)
+                for a in _first(attachments)
+            ]
         )
-        if m.attachments
+        if (attachments := m.attachments)
         else (),
-        tags=tuple(m.tags[:_LOOKED_AT]),
-        categories=tuple(m.categories[:_LOOKED_AT]),
-        flags=m.flags,
-        custom_args=dict(islice(m.custom_args.items(), _LOOKED_AT)),
-        correlation_id=m.correlation_id,
+        tuple(_first(tags)) if (tags := m.tags) else (),
+        tuple(_first(categories)) if (categories := m.categories) else (),
+        m.flags,
+        dict(args) if len(args) <= _LOOKED_AT else dict(islice(args.items(), _LOOKED_AT)),
+        m.correlation_id,
     )
+
+
+def _first(items: Sequence[_T]) -> Sequence[_T]:
+    return items if len(items) <= _LOOKED_AT else items[:_LOOKED_AT]
 
 
 def _mailbox(m: message_pb2.Mailbox) -> Mailbox:

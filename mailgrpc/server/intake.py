@@ -59,6 +59,7 @@ FLUSH_MESSAGES = 500
 FLUSH_DELIVERIES = 2000
 FLUSH_BYTES = 1024 * 1024
 FLUSH_TIMEOUT_S = 10.0
+GATHER_S = 0.010
 ALONE_BYTES = 256 * 1024
 QUEUE_BYTES = 64 * 1024 * 1024
 """What may wait in memory, whatever the number of calls."""
@@ -145,8 +146,24 @@ class Intake:
 
     async def _flush_all(self) -> None:
         while self._waiting:
+            await self._gather()
             if batch := self._take():
                 await self._flush(batch)
+
+    async def _gather(self) -> None:
+        """Let those in whose calls have come and are still being read, while more of them come.
+
+        A flush costs much and a message in it little. On an idle server this is one turn of the
+        loop; on a busy one the flush would otherwise leave with the few that were read while the
+        last one ran, and the rest would pay for many small ones.
+        """
+        clock = asyncio.get_running_loop().time
+        until = clock() + GATHER_S
+        seen, quiet = len(self._waiting), 0
+        while quiet < 15 and seen < FLUSH_MESSAGES and clock() < until:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == seen else 0
+            seen = len(self._waiting)
 
     async def _flush_large(self, waiting: _Waiting) -> None:
         try:

@@ -37,12 +37,12 @@ from mailgrpc.errors import (
     Unavailable,
 )
 from mailgrpc.server.convert import SHOWN_VIOLATIONS, shown_violations
+from mailgrpc.server.deadlines import Deadlines
 from mailgrpc.v1 import mail_service_pb2
 
 log = logging.getLogger(__name__)
 
 DOMAIN = "mailgrpc"
-SERVICE_PREFIX = "/mailgrpc.v1."
 LONGEST_WAIT_S = 60
 """How long ListEvents may be asked to wait for the first event."""
 _RETRY_STORE = timedelta(seconds=1)
@@ -174,51 +174,44 @@ def _reading(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
-class Edge(grpc.aio.ServerInterceptor):
-    """Wraps every method of ours, once a method and not once a call."""
+class Edge:
+    """Wraps every method of a service before it is registered.
+
+    Not an interceptor of gRPC's: one of those is asked anew at each call, for 15 µs of its time.
+    """
 
     def __init__(self, database: Database, *, keys: bool, deadline_s: float) -> None:
         self._database = database
         self._keys = keys
         self._deadline_s = deadline_s
-        self._wrapped: dict[str, Any] = {}
+        self._deadlines = Deadlines()
         self._known: dict[str, tuple[float, Caller]] = {}
 
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """The wrapped handler of a method; those that are not ours pass as they are."""
-        method: str = details.method
-        if method in self._wrapped:
-            return self._wrapped[method]
-        handler = await continuation(details)
-        if handler is None or not method.startswith(SERVICE_PREFIX):
-            return handler
-        name = method.rpartition("/")[2]
+    def around(self, server: grpc.aio.Server) -> Any:
+        """What a service is added to in place of `server`, so that its methods are wrapped."""
+        return _Registrar(self, server)
+
+    def wrapped(self, name: str, handler: Any) -> Any:
+        """The handler of a method, which lets in, bounds, and translates what goes wrong."""
+        read, write = _reading(handler.request_deserializer), handler.response_serializer
         if handler.response_streaming:
-            wrapped = grpc.unary_stream_rpc_method_handler(
-                self._streaming(handler.unary_stream, name),
-                _reading(handler.request_deserializer),
-                handler.response_serializer,
-            )
-        else:
-            wrapped = grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary, name),
-                _reading(handler.request_deserializer),
-                handler.response_serializer,
-            )
-        self._wrapped[method] = wrapped
-        return wrapped
+            streaming = self._streaming(handler.unary_stream, name)
+            return grpc.unary_stream_rpc_method_handler(streaming, read, write)
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler.unary_unary, name), read, write
+        )
 
     def _unary(
         self, call: Callable[[Any, Any], Awaitable[Any]], name: str
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def run(request: Any, context: Any) -> Any:
-            bound = asyncio.timeout(self._bound_s(request, context))
+            limit = self._deadlines.within(self._bound_s(request, context))
             try:
-                async with bound:
+                with limit:
                     await self._let_in(request, context)
                     return await call(request, context)
             except TimeoutError as error:
-                if not bound.expired():  # one of our own, from within
+                if not limit.expired:  # one of our own, from within
                     await _abort(context, translated(error, name))
                 if context.time_remaining() is not None:
                     silent = StoreUnavailable("no answer within the caller's time")
@@ -279,13 +272,11 @@ class Edge(grpc.aio.ServerInterceptor):
 
     async def _let_in(self, request: Any, context: Any) -> None:
         """Let the call know its caller. Raises RequestError, StoreUnavailable."""
-        _caller.set(await self._identify(context))
+        _caller.set(await self._identify(context) if self._keys else DEFAULT_CALLER)
         if isinstance(request, _Unread):
             raise request.error
 
     async def _identify(self, context: Any) -> Caller:
-        if not self._keys:
-            return DEFAULT_CALLER
         shown = ""
         for key, value in context.invocation_metadata():
             if key == "authorization" and isinstance(value, str):
@@ -306,6 +297,23 @@ class Edge(grpc.aio.ServerInterceptor):
             self._known.clear()
         self._known[key] = (now + _KEY_TRUSTED_S, caller)
         return caller
+
+
+class _Registrar:
+    """Takes what the generated code registers, and passes it on wrapped."""
+
+    def __init__(self, edge: Edge, server: grpc.aio.Server) -> None:
+        self._edge = edge
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Passed over: the same methods are registered by their names."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        wrapped = {name: self._edge.wrapped(name, h) for name, h in handlers.items()}
+        generic = grpc.method_handlers_generic_handler(service, wrapped)
+        self._server.add_generic_rpc_handlers((generic,))
+        self._server.add_registered_method_handlers(service, wrapped)
 
 
 _KEYS_REMEMBERED = 10_000

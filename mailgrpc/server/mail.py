@@ -23,7 +23,7 @@ from mailgrpc.core.fingerprint import fingerprint
 from mailgrpc.core.ids import MESSAGE, new_message_id, rfc_message_id, to_text
 from mailgrpc.core.message import DEFAULT_CHANNEL, DEFAULT_EXPIRY, Submission
 from mailgrpc.core.options import check_admissible
-from mailgrpc.core.place import encode_token
+from mailgrpc.core.place import Place, encode_token
 from mailgrpc.core.shape import MAX_REQUEST_ID, check_text, checked_submission
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import (
@@ -92,6 +92,7 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
         self._preferences = parts.preferences
         self._resend = parts.resend
         self._clear = parts.clear
+        self._last_token: tuple[int, Place | None, str] = (0, None, "")
 
     async def Enqueue(self, request: pb.EnqueueRequest, context: Any) -> pb.EnqueueResponse:
         """Take one message in."""
@@ -205,7 +206,11 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
 
     def _token(self) -> str:
         """A place just before anything that this call will cause."""
-        return encode_token(current_caller().project_id, self._feed.place)
+        project_id, place = current_caller().project_id, self._feed.place
+        # While nobody watches the place moves once a minute, and never in itself.
+        if self._last_token[0] != project_id or self._last_token[1] is not place:
+            self._last_token = (project_id, place, encode_token(project_id, place))
+        return self._last_token[2]
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         """What became of a message."""
