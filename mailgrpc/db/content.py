@@ -6,12 +6,12 @@ The first element is the version of this form; a reader knows all that were ever
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 import msgpack
+import orjson
 
 from mailgrpc.core.delivery import Role
 from mailgrpc.core.message import (
@@ -25,7 +25,6 @@ from mailgrpc.core.message import (
 )
 
 _FORM = 1
-_encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def pack_content(message: MailMessage) -> bytes:
@@ -80,12 +79,12 @@ def unpack_message(row: Any, files: Mapping[int, bytes]) -> MailMessage | None:
 
 def pack_json(value: object) -> str:
     """JSON text for a jsonb parameter."""
-    return _encode_json(value) if value else ("{}" if isinstance(value, Mapping) else "[]")
+    return orjson.dumps(value).decode() if value else "{}" if isinstance(value, Mapping) else "[]"
 
 
 def unpack_json(value: Any) -> Any:
     """The value of a jsonb column, which the driver gives as text."""
-    return json.loads(value) if isinstance(value, str) else value
+    return orjson.loads(value) if isinstance(value, str) else value
 
 
 _NO_OPTIONS = DeliveryOptions()
@@ -111,7 +110,7 @@ def pack_options(options: DeliveryOptions) -> str:
             "max_backoff_s": _seconds(retry.max_backoff),
             "multiplier": retry.multiplier,
         }
-    return _encode_json(packed)
+    return pack_json(packed)
 
 
 def unpack_options(value: Any) -> DeliveryOptions:

@@ -1,33 +1,19 @@
-"""MailService: what each call does, top to bottom.
-
-Enqueue is convert → check the shape → check what depends on settings and time → intake. The order
-matters: a retry of something that was accepted is answered as replayed even when it would be
-refused today, so a refusal that does not follow from the request alone first looks whether the
-request_id is known.
-"""
+"""MailService: what each call does, top to bottom. Enqueue itself is in enqueue.py."""
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from mailgrpc.config import Settings
-from mailgrpc.core.admission import flags_of
-from mailgrpc.core.delivery import State
 from mailgrpc.core.event import Filter, MessageStatus
-from mailgrpc.core.fingerprint import fingerprint
-from mailgrpc.core.ids import MESSAGE, new_message_id, rfc_message_id, to_text
-from mailgrpc.core.message import DEFAULT_CHANNEL, DEFAULT_EXPIRY, Submission
-from mailgrpc.core.options import check_admissible
-from mailgrpc.core.place import Place, encode_token
-from mailgrpc.core.shape import MAX_REQUEST_ID, check_text, checked_submission
+from mailgrpc.core.ids import rfc_message_id
+from mailgrpc.core.place import encode_token
+from mailgrpc.core.shape import MAX_REQUEST_ID, check_text
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import (
-    NewMessage,
     read_attempts,
     read_contents,
     read_known_requests,
@@ -38,30 +24,24 @@ from mailgrpc.errors import (
     NotFound,
     NotImplementedYet,
     Reason,
-    RequestIdMismatch,
     Violation,
 )
 from mailgrpc.providers.provider import Provider
 from mailgrpc.server import convert
 from mailgrpc.server.clear import Clear
+from mailgrpc.server.enqueue import Enqueue, unknown_violation
 from mailgrpc.server.feed import Feed
 from mailgrpc.server.filters import checked_filter
-from mailgrpc.server.foresight import foreseen
-from mailgrpc.server.intake import Accepted, Intake, is_same_request
+from mailgrpc.server.intake import Intake
 from mailgrpc.server.interceptors import (
     LONGEST_WAIT_S,
-    code_number,
     current_caller,
-    translated,
 )
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
 from mailgrpc.server.watch import DEFAULT_HEARTBEAT_S, Wanted, Watch, wanted_kinds
 from mailgrpc.v1 import delivery_pb2, mail_service_pb2_grpc
 from mailgrpc.v1 import mail_service_pb2 as pb
-
-MAX_BATCH_MESSAGES = 500
-MAX_BATCH_DELIVERIES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,134 +63,25 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
     """The contract's methods; errors become statuses in `interceptors.py`."""
 
     def __init__(self, parts: Parts) -> None:
-        self._settings = parts.settings
         self._database = parts.database
-        self._channels = parts.channels
         self._feed = parts.feed
-        self._intake = parts.intake
         self._watch = parts.watch
         self._preferences = parts.preferences
         self._resend = parts.resend
         self._clear = parts.clear
-        self._last_token: tuple[int, Place | None, str] = (0, None, "")
+        self._enqueue = Enqueue(
+            parts.settings, parts.database, parts.channels, parts.feed, parts.intake
+        )
 
     async def Enqueue(self, request: pb.EnqueueRequest, context: Any) -> pb.EnqueueResponse:
         """Take one message in."""
-        return await self._enqueue(request, self._token())
+        return await self._enqueue.one(request)
 
     async def EnqueueBatch(
         self, request: pb.EnqueueBatchRequest, context: Any
     ) -> pb.EnqueueBatchResponse:
         """Take many in; each is answered for itself."""
-        # Of the batch alone: what an item says is that item's error.
-        if (unknown := convert.unknown_number(request)) is not None:
-            raise InvalidRequest(_unknown(unknown))
-        if not request.requests:
-            raise InvalidRequest(Violation("requests", Reason.REQUIRED, "at least one is needed"))
-        if len(request.requests) > MAX_BATCH_MESSAGES:
-            raise InvalidRequest(
-                Violation("requests", Reason.TOO_MANY, f"at most {MAX_BATCH_MESSAGES} messages")
-            )
-        deliveries = sum(
-            len(r.message.to) + len(r.message.cc) + len(r.message.bcc) for r in request.requests
-        )
-        if deliveries > MAX_BATCH_DELIVERIES:
-            raise InvalidRequest(
-                Violation("requests", Reason.TOO_MANY, f"at most {MAX_BATCH_DELIVERIES} recipients")
-            )
-        token = self._token()
-        results = await asyncio.gather(
-            *(self._enqueue(item, token) for item in request.requests), return_exceptions=True
-        )
-        return pb.EnqueueBatchResponse(results=[_item_result(r) for r in results])
-
-    async def _enqueue(self, request: pb.EnqueueRequest, token: str) -> pb.EnqueueResponse:
-        caller = current_caller()
-        if (unknown := convert.unknown_field(request)) is not None:
-            raise InvalidRequest(_unknown(unknown))
-        submission = checked_submission(convert.submission(request))
-        now = datetime.now(UTC)
-        new = self._admitted(caller.project_id, submission, now)
-        if isinstance(new, InvalidRequest):
-            accepted = await self._replayed(caller.project_id, submission)
-            if accepted is None:
-                raise new
-        elif submission.validate_only:
-            return pb.EnqueueResponse(not_queued=await foreseen(self._database, new))
-        else:
-            accepted = await self._intake.put(new, request.ByteSize())
-        return await self._accepted(caller.project_id, accepted, token)
-
-    def _admitted(
-        self, project_id: int, submission: Submission, now: datetime
-    ) -> NewMessage | InvalidRequest:
-        """The message as it will be stored, or why settings or time refuse it."""
-        options, message = submission.options, submission.message
-        bit_of = self._settings.categories
-        violations = check_admissible(
-            submission, now=now, bit_of=bit_of, channels=self._channels.keys()
-        )
-        channel = options.channel or DEFAULT_CHANNEL
-        if not violations:
-            violations = self._channels[channel].check(message)
-        if violations:
-            return InvalidRequest(*violations)
-        begins_at = max(options.send_at, now) if options.send_at else now
-        return NewMessage(
-            message_id=new_message_id(),
-            project_id=project_id,
-            submission=submission,
-            fingerprint=fingerprint(submission),
-            flags=message.flags | flags_of(message.categories, bit_of),
-            channel=channel,
-            expire_at=options.expire_at or begins_at + DEFAULT_EXPIRY,
-        )
-
-    async def _replayed(self, project_id: int, submission: Submission) -> Accepted | None:
-        """The earlier acceptance of a request that would be refused today, if there is one."""
-        if not submission.request_id or submission.validate_only:
-            return None
-        key = (project_id, submission.request_id)
-        found = (await read_known_requests(self._database, [key])).get(key)
-        if found is None:
-            return None
-        if not is_same_request(submission, found):
-            raise RequestIdMismatch(submission.request_id)
-        await self._database.confirm()
-        return Accepted(found.message_id, replayed=True)
-
-    async def _accepted(
-        self, project_id: int, accepted: Accepted, token: str
-    ) -> pb.EnqueueResponse:
-        message_id = accepted.message_id
-        if not accepted.replayed and not accepted.has_suppressed:
-            return pb.EnqueueResponse(
-                message_id=to_text(MESSAGE, message_id), state=_QUEUED, resume_token=token
-            )
-        statuses = await read_statuses(self._database, project_id, [message_id])
-        if (status := statuses.get(message_id)) is None:  # cleared since
-            return pb.EnqueueResponse(
-                message_id=to_text(MESSAGE, message_id),
-                replayed=accepted.replayed,
-                resume_token=token,
-            )
-        return pb.EnqueueResponse(
-            message_id=to_text(MESSAGE, message_id),
-            state=int(status.state),  # type: ignore[arg-type]
-            replayed=accepted.replayed,
-            not_queued=[
-                convert.delivery(d) for d in status.deliveries if d.state is State.SUPPRESSED
-            ],
-            resume_token=token,
-        )
-
-    def _token(self) -> str:
-        """A place just before anything that this call will cause."""
-        project_id, place = current_caller().project_id, self._feed.place
-        # While nobody watches the place moves once a minute, and never in itself.
-        if self._last_token[0] != project_id or self._last_token[1] is not place:
-            self._last_token = (project_id, place, encode_token(project_id, place))
-        return self._last_token[2]
+        return await self._enqueue.many(request)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         """What became of a message."""
@@ -372,19 +243,6 @@ def _check_snapshot(request: pb.WatchStatusRequest, wanted: Filter) -> None:
         raise InvalidRequest(Violation("filter", Reason.FILTER_TOO_WIDE, text))
 
 
-def _item_result(result: pb.EnqueueResponse | BaseException) -> pb.EnqueueResult:
-    if isinstance(result, pb.EnqueueResponse):
-        return pb.EnqueueResult(response=result)
-    error = translated(result, "EnqueueBatch")
-    return pb.EnqueueResult(error=convert.item_error(error, code_number(error)))
-
-
-def _unknown(path: str) -> Violation:
-    return Violation(
-        path, Reason.UNKNOWN_FIELD, "this server does not know this field and will not ignore it"
-    )
-
-
 def _refuse_unknown_fields(request: Any) -> None:
     if (unknown := convert.unknown_field(request)) is not None:
-        raise InvalidRequest(_unknown(unknown))
+        raise InvalidRequest(unknown_violation(unknown))

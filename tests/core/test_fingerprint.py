@@ -13,7 +13,7 @@ import pytest
 
 from mailgrpc.core import fingerprint as module
 from mailgrpc.core.delivery import Role
-from mailgrpc.core.fingerprint import RULE, content_key, fingerprint
+from mailgrpc.core.fingerprint import RULE, _encode, content_key, fingerprint
 from mailgrpc.core.message import (
     Attachment,
     DeliveryOptions,
@@ -179,6 +179,15 @@ def test_absent_is_not_the_default(spelled_out: DeliveryOptions) -> None:
 
 def test_the_canonical_form_is_json() -> None:
     assert json.loads(CANONICAL)["message"]["custom_args"] == dict(MESSAGE.custom_args)
+
+
+def test_every_character_is_written_as_the_rule_says() -> None:
+    by_the_rule = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
+    plane = 0x1000
+    for first in range(0, 0x110000, plane):
+        characters = [chr(c) for c in range(first, first + plane) if not 0xD800 <= c < 0xE000]
+        form = {"all": "".join(characters), **{c + "k": c for c in characters[::97]}}
+        assert _encode(form) == by_the_rule(form).encode()
 
 
 def test_an_unknown_rule_is_an_error_and_never_a_mismatch() -> None:
