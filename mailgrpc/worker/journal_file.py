@@ -17,7 +17,7 @@ import secrets
 import struct
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -171,22 +171,29 @@ class SlotFile:
         Then it is not known which of them are in; to write them again takes the same slots.
         """
         failpoints.reach("journal.write")
+        content: dict[int, bytes] = {}
         for attempt_id, entry in entries:
             if attempt_id not in self.live:
                 self.live[attempt_id] = self._free.pop()
             head = _SLOT.pack(len(entry), zlib.crc32(entry))
-            self._file.write(head + entry, self.live[attempt_id] * SLOT_BYTES)
+            content[self.live[attempt_id]] = head + entry
+        for run in _runs(content):
+            slots = [content[slot].ljust(SLOT_BYTES, b"\0") for slot in run[:-1]]
+            self._file.write(b"".join([*slots, content[run[-1]]]), run[0] * SLOT_BYTES)
         failpoints.reach("journal.written")
         self._file.sync()
         failpoints.reach("journal.synced")
 
     def mark(self, attempt_ids: Sequence[uuid.UUID]) -> None:
         """These are recorded: their slots, where they have one here, are free. Raises OSError."""
-        for attempt_id in attempt_ids:
-            if (slot := self.live.get(attempt_id)) is not None:
-                self._file.write(bytes(_SLOT.size), slot * SLOT_BYTES)
-                del self.live[attempt_id]
-                self._free.append(slot)
+        found = {i: slot for i in attempt_ids if (slot := self.live.get(i)) is not None}
+        for run in _runs(found.values()):
+            free = bytes((len(run) - 1) * SLOT_BYTES + _SLOT.size)
+            self._file.write(free, run[0] * SLOT_BYTES)
+        for attempt_id in found:
+            del self.live[attempt_id]
+        # Those that lie side by side stay together: they are taken from the end.
+        self._free += sorted(found.values(), reverse=True)
 
     def probe(self) -> None:
         """Write and sync something that changes nothing. Raises OSError."""
@@ -203,6 +210,17 @@ class SlotFile:
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._file.close()
+
+
+def _runs(slots: Iterable[int]) -> list[list[int]]:
+    """The slots in order, those that lie side by side together: each run is one write."""
+    runs: list[list[int]] = []
+    for slot in sorted(slots):
+        if runs and runs[-1][-1] == slot - 1:
+            runs[-1].append(slot)
+        else:
+            runs.append([slot])
+    return runs
 
 
 def _slots_of(content: bytes) -> int:
