@@ -16,6 +16,7 @@ import pytest
 from mailgrpc.config import Settings
 from mailgrpc.db import messages as db_messages
 from mailgrpc.db.connecting import Connector
+from mailgrpc.server import enqueue as enqueue_module
 from mailgrpc.server import intake as intake_module
 from mailgrpc.server import mail
 from mailgrpc.v1 import delivery_pb2, errors_pb2
@@ -210,7 +211,7 @@ async def test_a_replay_is_answered_after_its_expiry_has_passed(
         def now(cls, tz: Any = None) -> datetime:
             return datetime.now(tz) + timedelta(days=1)
 
-    monkeypatch.setattr(mail, "datetime", Tomorrow)
+    monkeypatch.setattr(enqueue_module, "datetime", Tomorrow)
     again = await server_only.stub.Enqueue(request)
     assert (again.message_id, again.replayed, again.state) == (first.message_id, True, QUEUED)
     request.request_id = "another"
