@@ -38,7 +38,7 @@ def _row(name: str, child: Child, used: float) -> Measured:
     row.limit(f"PSS and RSS at most {MEMORY_MB} MB", max(pss, rss) <= MEMORY_MB)
     row.limit(f"less than {OF_A_CORE:.0%} of a core", core < OF_A_CORE)
     row.facts = {
-        "memory": f"PSS {pss:.0f} MB, RSS {rss:.0f} MB",
+        "memory": f"PSS {pss:.1f} MB, RSS {rss:.1f} MB",
         f"processor over {SECONDS:.0f} s": f"{core:.2%} of a core",
     }
     return row
