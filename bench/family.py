@@ -15,6 +15,7 @@ from pathlib import Path
 import asyncpg
 
 from bench.machine import PLACE
+from bench.memory import pss_mb, tree
 from mailgrpc.db.schema import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
@@ -46,20 +47,11 @@ class Child:
 
     def memory_mb(self) -> float:
         """What is resident and not shared with others (PSS), with its children."""
-        return sum(_pss_kb(pid) for pid in tree(self.process.pid)) / 1024
+        return pss_mb(self.process.pid)
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.communicate(timeout=40)
-
-
-def tree(pid: int) -> list[int]:
-    """A process and all below it."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [pid, *(p for child in children for p in tree(int(child)))]
 
 
 def tree_cpu_s(pid: int) -> float:
@@ -74,21 +66,12 @@ def tree_cpu_s(pid: int) -> float:
     return used / TICKS
 
 
-def _pss_kb(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1])
-    except OSError:
-        pass
-    return 0
-
-
 class Family:
     """What the rows run against. `url` is a migrated, durable database, new for each row."""
 
-    def __init__(self, url: str, redis_url: str, data: Path) -> None:
+    def __init__(self, url: str, superuser_url: str, redis_url: str, data: Path) -> None:
         self.url = url
+        self._superuser_url = superuser_url
         self.redis_url = redis_url
         self._data = data
         self.environ = {
@@ -98,6 +81,7 @@ class Family:
             "MAILGRPC_LISTEN": "127.0.0.1:0",
             "MAILGRPC_LOG_LEVEL": "warning",
             "MAILGRPC_CATEGORIES": "receipts=1",
+            "MAILGRPC_DATA_DIR": str(data.parent / "worker"),  # the journal pays the same disk
         }
 
     @contextlib.contextmanager
@@ -111,17 +95,11 @@ class Family:
 
     def sql(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
         """Ask the database, on a connection of its own."""
+        return _ask(self.url, statement, *arguments)
 
-        async def ask() -> list[asyncpg.Record]:
-            connection = await asyncpg.connect(
-                self.url, server_settings={"search_path": "mailgrpc"}
-            )
-            try:
-                return list(await connection.fetch(statement, *arguments))
-            finally:
-                await connection.close()
-
-        return asyncio.run(ask())
+    def checkpoint(self) -> None:
+        """Have it over before the clock starts; only the superuser may."""
+        _ask(self._superuser_url, "CHECKPOINT")
 
     def stored(self) -> int:
         """How many messages there are."""
@@ -133,6 +111,17 @@ class Family:
         return tree_cpu_s(int(pid))
 
 
+def _ask(url: str, statement: str, *arguments: object) -> list[asyncpg.Record]:
+    async def ask() -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(url, server_settings={"search_path": "mailgrpc"})
+        try:
+            return list(await connection.fetch(statement, *arguments))
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
+
+
 @contextlib.contextmanager
 def family() -> Iterator[Family]:
     """Start the stores in a temporary place, with fsync and synchronous_commit on."""
@@ -141,35 +130,51 @@ def family() -> Iterator[Family]:
         data = Path(place) / "data"
         with EmbeddedPostgres(data) as postgres, EmbeddedValkey() as valkey:
             migrate(postgres.url)
-            yield Family(postgres.url, valkey.url, data)
+            superuser_url = postgres.url_of("postgres", user="postgres")
+            yield Family(postgres.url, superuser_url, valkey.url, data)
 
 
 @contextlib.contextmanager
-def bare_server() -> Iterator[str]:
-    """The counterpart; its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.counterparts.bare_server"], stdout=subprocess.PIPE, text=True
-    )
-    try:
+def bare_server(kind: str = "bare_server") -> Iterator[str]:
+    """A counterpart that serves, `bare_server` or `bare_stream`; its address."""
+    with beside(f"bench.counterparts.{kind}") as process:
         assert process.stdout is not None
         yield f"127.0.0.1:{process.stdout.readline().strip()}"
-    finally:
-        process.terminate()
-        process.wait(10)
+
+
+@contextlib.contextmanager
+def beside(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A module of ours as a process beside, with pipes for what it is told and what it tells."""
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def calls(target: str, *, seconds: float, concurrency: int = 0, rate: float = 0.0) -> dict:
     """One Enqueue a call, by bench/load/calls.py: closed with `concurrency`, open with `rate`."""
     how = ["--rate", str(rate)] if rate else ["--concurrency", str(concurrency)]
-    return _generator("bench.load.calls", target, "--seconds", str(seconds), *how)
+    return generate("bench.load.calls", target, "--seconds", str(seconds), *how)
 
 
 def batches(target: str, *, seconds: float, concurrency: int, size: int) -> dict:
     """EnqueueBatch, by bench/load/batches.py."""
-    return _generator("bench.load.batches", target, str(seconds), str(concurrency), str(size))
+    return generate("bench.load.batches", target, str(seconds), str(concurrency), str(size))
 
 
-def _generator(*command: str) -> dict:
+def backlog(target: str, count: int) -> int:
+    """Exactly so many messages by EnqueueBatch, by bench/load/backlog.py; how many were taken."""
+    return generate("bench.load.backlog", target, str(count))["messages"]
+
+
+def generate(*command: str) -> dict:
+    """Run a load to its end; what it found."""
     done = subprocess.run(
         [sys.executable, "-m", *command], check=True, stdout=subprocess.PIPE, text=True
     )
