@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -21,6 +22,9 @@ from mailgrpc import failpoints
 from mailgrpc.config import Settings, load_settings
 from mailgrpc.errors import MailgrpcError, SettingsError
 from mailgrpc.telemetry import start_logging
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_OWN_MAPPING_BYTES = 2 * 1024 * 1024
 
 
 def load(**flags: str | None) -> Settings:
@@ -83,6 +87,7 @@ def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]], grace_s:
             await task
 
     _collect_seldom()
+    _give_memory_back()
     with told():
         uvloop.run(run())
 
@@ -95,6 +100,17 @@ def _collect_seldom() -> None:
     """
     gc.freeze()
     gc.set_threshold(50_000, 50, 100)
+
+
+def _give_memory_back() -> None:
+    """Let the memory of large requests go back to the system when they are done.
+
+    The C library keeps what it has freed in one piece of the heap the more, the larger the pieces
+    were that it saw; after a few attachments of megabytes a process would stay that large. With a
+    limit that is set, whatever is larger has its own mapping, which goes when it is freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
 
 
 def _awaited(coroutine: Any) -> Iterator[str]:
