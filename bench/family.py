@@ -49,6 +49,15 @@ class Child:
         """What is resident and not shared with others (PSS), with its children."""
         return pss_mb(self.process.pid)
 
+    def forget_peak(self) -> None:
+        """Let `peak_mb` begin anew."""
+        for pid in tree(self.process.pid):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+    def peak_mb(self) -> float:
+        """The most that was resident at once (VmHWM), with what is shared, and its children's."""
+        return sum(_peak_kb(pid) for pid in tree(self.process.pid)) / 1024
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.communicate(timeout=40)
@@ -64,6 +73,13 @@ def tree_cpu_s(pid: int) -> float:
             continue
         used += sum(int(field) for field in fields[11:15])
     return used / TICKS
+
+
+def _peak_kb(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0
 
 
 class Family:
@@ -157,24 +173,29 @@ def beside(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.terminate()
 
 
-def calls(target: str, *, seconds: float, concurrency: int = 0, rate: float = 0.0) -> dict:
+def calls(target: str, **options: object) -> dict:
     """One Enqueue a call, by bench/load/calls.py: closed with `concurrency`, open with `rate`."""
-    how = ["--rate", str(rate)] if rate else ["--concurrency", str(concurrency)]
-    return generate("bench.load.calls", target, "--seconds", str(seconds), *how)
+    return generate("bench.load.calls", target, **options)
 
 
-def batches(target: str, *, seconds: float, concurrency: int, size: int) -> dict:
-    """EnqueueBatch, by bench/load/batches.py."""
-    return generate("bench.load.batches", target, str(seconds), str(concurrency), str(size))
+def batches(
+    target: str, *, concurrency: int, size: int, seconds: float = 0.0, messages: int = 0
+) -> dict:
+    """EnqueueBatch, by bench/load/batches.py, for so long or of so many."""
+    numbers = (seconds, concurrency, size, messages)
+    return generate("bench.load.batches", target, *numbers)
 
 
 def backlog(target: str, count: int) -> int:
     """Exactly so many messages by EnqueueBatch, by bench/load/backlog.py; how many were taken."""
-    return generate("bench.load.backlog", target, str(count))["messages"]
+    return generate("bench.load.backlog", target, count)["messages"]
 
 
-def generate(*command: str) -> dict:
-    """Run a load to its end; what it found."""
+def generate(module: str, *arguments: object, **options: object) -> dict:
+    """Run a load to its end; what it says. Its options are those of its command line."""
+    command = [module, *map(str, arguments)]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(
         [sys.executable, "-m", *command], check=True, stdout=subprocess.PIPE, text=True
     )

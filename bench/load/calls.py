@@ -1,6 +1,7 @@
 """One Enqueue a call, over HTTP/2 frames written by hand.
 
-    python -m bench.load.calls TARGET --seconds S [--concurrency N | --rate R] [--mode M]
+    python -m bench.load.calls TARGET (--seconds S | --messages M) [--concurrency N | --rate R]
+        [--mode M] [--acknowledged FILE]
 
 Why by hand. gRPC's own Python client costs as much a call as the server that it measures, and on a
 machine of two cores that is half of the result; h2load is cheap and sends one body for ever. A
@@ -10,7 +11,8 @@ costs this process about 15 µs.
 What counts as acknowledged: a DATA frame (gRPC sends none with an error) and then the end of its
 stream. Closed loops measure the rate. An open loop starts calls when they are due, whatever became
 of those before, and counts latency from that moment, so that a server that stands still is charged
-for all who would have come.
+for all who would have come. A closed loop ends after some seconds, or after so many messages.
+`--acknowledged` writes when each was acknowledged, for rows that follow a mail further.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import asyncio
 import json
 import struct
 import time
+from pathlib import Path
 
 import uvloop
 
+from bench.load.acknowledged import write_acknowledged
 from bench.load.mails import request
 
 PREPARED_A_SECOND = 16000
@@ -54,7 +58,7 @@ def header_block(target: str, method: str) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; `done(number, latency from its own start)` is called for each answer."""
+    """One connection; `done(connection, latency or None, recipient)` is called for each answer."""
 
     def __init__(self, headers: bytes, done) -> None:
         self._headers = headers
@@ -62,7 +66,7 @@ class Connection(asyncio.Protocol):
         self._next = 1
         self._window = 65535  # of the connection; a call is smaller than a stream's own
         self._held: list[tuple[int, bytes]] = []
-        self._begun: dict[int, float] = {}
+        self._begun: dict[int, tuple[float, str]] = {}
         self._answered: set[int] = set()
         self._buffer = b""
         self.failed = 0
@@ -80,10 +84,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error) -> None:  # noqa: ARG002
         self.lost = True
 
-    def start(self, body: bytes, since: float) -> None:
+    def start(self, body: bytes, since: float, recipient: str) -> None:
         """Make a call. `body` is a whole gRPC message with its prefix."""
         stream, self._next = self._next, self._next + 2
-        self._begun[stream] = since
+        self._begun[stream] = since, recipient
         if self._held or self._window < len(body):
             self._held.append((stream, body))
         else:
@@ -126,24 +130,25 @@ class Connection(asyncio.Protocol):
         self._buffer = buffer[at:]
 
     def _end(self, stream: int) -> None:
-        begun = self._begun.pop(stream, None)
-        if begun is None:
+        if stream not in self._begun:
             return
+        since, recipient = self._begun.pop(stream)
         if stream in self._answered:
             self._answered.discard(stream)
-            self._done(self, time.perf_counter() - begun)
+            self._done(self, time.perf_counter() - since, recipient)
         else:
             self.failed += 1
-            self._done(self, None)
+            self._done(self, None, recipient)
 
 
 class Load:
     """Calls over a few connections; what came of them."""
 
-    def __init__(self, target: str, bodies: list[bytes]) -> None:
+    def __init__(self, target: str, bodies: list[tuple[bytes, str]]) -> None:
         self._target = target
         self._bodies = bodies
         self.latencies: list[float] = []
+        self.acknowledged: list[tuple[str, float]] = []
         self.failed = 0
         self._connections: list[Connection] = []
         self._more = False
@@ -162,28 +167,34 @@ class Load:
 
     def _start(self, connection: Connection, since: float) -> None:
         self._under_way += 1
-        connection.start(self._bodies.pop(), since)
+        body, recipient = self._bodies.pop()
+        connection.start(body, since, recipient)
 
-    def _done(self, connection: Connection, latency: float | None) -> None:
+    def _done(self, connection: Connection, latency: float | None, recipient: str) -> None:
         self._under_way -= 1
         if latency is None:
             self.failed += 1
         else:
             self.latencies.append(latency)
+            self.acknowledged.append((recipient, time.time()))
         if self._more and self._bodies:
             self._start(connection, time.perf_counter())
         elif not self._under_way:
             self._idle.set()
 
     async def closed(self, seconds: float, concurrency: int) -> float:
-        """As fast as answers come; the seconds that it took."""
+        """As fast as answers come, all bodies where `seconds` is 0; the seconds that it took."""
         began = time.perf_counter()
         self._more = True
-        for number in range(concurrency):
+        for number in range(min(concurrency, len(self._bodies))):
             self._start(self._connections[number % CONNECTIONS], began)
-        await asyncio.sleep(seconds)
-        self._more = False
-        await self._finished()
+        if seconds:
+            await asyncio.sleep(seconds)
+            self._more = False
+            await self._finished()
+        else:
+            async with asyncio.timeout(300):
+                await self._idle.wait()
         return time.perf_counter() - began
 
     async def open(self, seconds: float, rate: float) -> float:
@@ -202,6 +213,7 @@ class Load:
 
     async def _finished(self) -> None:
         if self._under_way:
+            self._idle.clear()  # an open loop has been idle before
             async with asyncio.timeout(60):
                 await self._idle.wait()
 
@@ -211,9 +223,15 @@ def prefixed(message: bytes) -> bytes:
     return b"\0" + struct.pack(">I", len(message)) + message
 
 
+def prepared(mode: int) -> tuple[bytes, str]:
+    """A request, ready to be written, and its recipient."""
+    made = request(mode=mode)
+    return prefixed(made.SerializeToString()), made.message.to[0].address
+
+
 async def main(options: argparse.Namespace) -> None:
-    count = int(options.seconds * (options.rate or PREPARED_A_SECOND)) + 1000
-    bodies = [prefixed(request(mode=options.mode).SerializeToString()) for _ in range(count)]
+    spare = int(options.seconds * (options.rate or PREPARED_A_SECOND)) + 1000
+    bodies = [prepared(options.mode) for _ in range(options.messages or spare)]
     load = Load(options.target, bodies)
     await load.connect()
     cpu = time.process_time()
@@ -223,12 +241,15 @@ async def main(options: argparse.Namespace) -> None:
         took = await load.closed(options.seconds, options.concurrency)
     cpu = time.process_time() - cpu
     found = sorted(load.latencies)
+    if options.acknowledged:
+        write_acknowledged(options.acknowledged, load.acknowledged)
     print(
         json.dumps(
             {
                 "messages": len(found),
                 "rate": len(found) / took,
                 "failed": load.failed,
+                "first_at": min(at for _, at in load.acknowledged),
                 "ran_out": not bodies,
                 "generator_cpu": cpu / took,
                 "p50_ms": found[len(found) // 2] * 1e3,
@@ -241,8 +262,10 @@ async def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--messages", type=int, default=0)
     parser.add_argument("--concurrency", type=int, default=128)
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--mode", type=int, default=0)
+    parser.add_argument("--acknowledged", type=Path)
     uvloop.run(main(parser.parse_args()))

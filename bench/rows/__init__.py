@@ -1,14 +1,29 @@
 """The rows: a file each, in the order of the table."""
 
-from bench.rows import batch, claim, drain, enqueue, idle, size, stream, watchers
+from bench.rows import (
+    attachment,
+    batch,
+    claim,
+    drain,
+    end_to_end,
+    enqueue,
+    idle,
+    latency,
+    size,
+    stream,
+    watchers,
+)
 
 ROWS = {
     "enqueue": enqueue.run,
     "batch": batch.run,
+    "end_to_end": end_to_end.run,
+    "latency": latency.run,
     "drain": drain.run,
     "stream": stream.run,
     "watchers": watchers.run,
     "claim": claim.run,
+    "attachment": attachment.run,
     "idle": idle.run,
     "size": size.run,
 }
