@@ -16,6 +16,9 @@ from bench.postfix import Postfix
 from bench.row import Measured
 from bench.sink import Sink, Taken
 
+CLIENTS = (20, 50, 100)
+"""Connections to Postfix of which the best number is taken."""
+
 Load = Callable[[int], dict]
 """Sends so many mails; what the generator says."""
 
@@ -86,3 +89,9 @@ def through_postfix(peer: Postfix, sink: Sink, mails: int, clients: int) -> Roun
         "sink": (sink.cpu_s() - sink_used) / mails * 1e6,
     }
     return Round(mails / (taken.last_at - found["first_at"]), books, taken, cpu_us)
+
+
+def most_fitting(peer: Postfix, sink: Sink, mails: int) -> int:
+    """With how many clients Postfix does best: more of them keep it busy, and crowd out what sends."""
+    rates = {clients: through_postfix(peer, sink, mails, clients).rate for clients in CLIENTS}
+    return max(rates, key=lambda clients: rates[clients])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from bench.family import Family, batches, calls, generate
 from bench.gateway import Gateway, gateway
-from bench.journey import Round, Rounds, through_gateway, through_postfix
+from bench.journey import Round, Rounds, most_fitting, through_gateway, through_postfix
 from bench.postfix import postfix, why_absent
 from bench.report import median
 from bench.row import Measured
@@ -28,8 +28,6 @@ CONNECTIONS = 20
 """To the sink, on either side."""
 CALLS = 256
 """Enqueue calls in flight."""
-CLIENTS = 100
-"""Connections to Postfix."""
 _SEND_ONCE = 2
 
 Way = Callable[[int], Round]
@@ -50,7 +48,7 @@ def run(family: Family) -> list[Measured]:
         found[name].close_books(row, "ours")
         _compare(row, found["calls"] if row is once_row else peer)
     calls_row.facts["what the sink takes in, pipelined"] = f"{ceiling:,.0f}/s"
-    calls_row.limit("the sink takes 2 × of what it was given", ceiling > 2 * median(batch_row.ours))
+    calls_row.limit("the sink takes 2 × what it was given", ceiling > 2 * median(batch_row.ours))
     return [calls_row, batch_row, once_row]
 
 
@@ -89,7 +87,8 @@ def ways(family: Family, taker: Sink) -> Iterator[dict[str, Way]]:
         }
         if not why_absent():
             peer = stack.enter_context(postfix(taker.port, CONNECTIONS))
-            ready["Postfix"] = functools.partial(through_postfix, peer, taker, clients=CLIENTS)
+            clients = most_fitting(peer, taker, WARM_UP)
+            ready["Postfix"] = functools.partial(through_postfix, peer, taker, clients=clients)
         yield ready
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from bench.family import Family, calls, generate
 from bench.gateway import Gateway, gateway
-from bench.journey import through_postfix
+from bench.journey import most_fitting, through_postfix
 from bench.load.acknowledged import read_acknowledged
 from bench.load.percentiles import of_times
 from bench.machine import PLACE
 from bench.postfix import Postfix, postfix, why_absent
 from bench.row import Measured
-from bench.rows.end_to_end import CLIENTS, CONNECTIONS, by_calls
+from bench.rows.end_to_end import CONNECTIONS, by_calls
 from bench.sink import Sink, Taken, sink
 
 ROUNDS = 3
@@ -95,8 +95,8 @@ def _rate(ours: Gateway, peer: Postfix | None, taker: Sink) -> tuple[float, str]
     fifth = by_calls(ours, FULL_MAILS).rate / 5
     if peer is None:
         return fifth, "a fifth of the full load"
-    through_postfix(peer, taker, FULL_MAILS // 4, CLIENTS)
-    full = through_postfix(peer, taker, FULL_MAILS // 4, CLIENTS).rate
+    mails = FULL_MAILS // 4
+    full = through_postfix(peer, taker, mails, most_fitting(peer, taker, mails)).rate
     if fifth <= full * _CARRIED:
         return fifth, f"a fifth of our full load; Postfix does {full:,.0f}/s"
     return full / 5, f"a fifth of Postfix's full load, as it cannot carry {fifth:,.0f}/s"
@@ -117,7 +117,7 @@ def _their_way(rows: list[Measured], peer: Postfix, taker: Sink, rate: float) ->
         found = generate(
             "bench.load.smtp",
             peer.port,
-            connections=CLIENTS,
+            connections=CONNECTIONS,
             rate=rate,
             seconds=SECONDS,
             acknowledged=path,
