@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 
 SLOTS = 4096
 SUFFIX = ".journal"
+_REST = 4  # times as long as the last writing took: what comes meanwhile shares the next sync
+_LONGEST_REST_S = 0.003
 _RETRY_S = 1.0
 
 
@@ -235,7 +237,9 @@ class Journal:
             self._writer = asyncio.get_running_loop().create_task(self._write_all())
 
     async def _write_all(self) -> None:
+        clock = asyncio.get_running_loop().time
         while self._pending or self._marks or self.trouble:
+            began_at = clock()
             batch, marks = list(self._pending.items()), self._marks
             self._marks = []
             try:
@@ -250,6 +254,7 @@ class Journal:
                 self.trouble = ""
             for attempt_id, _ in batch:
                 self._pending.pop(attempt_id, None)
+            await asyncio.sleep(min((clock() - began_at) * _REST, _LONGEST_REST_S))
 
     def _write(self, batch: Sequence[tuple[uuid.UUID, bytes]], marks: Sequence[uuid.UUID]) -> None:
         if self._file is None:

@@ -38,12 +38,19 @@ from mailgrpc.worker.outage import Outage
 log = logging.getLogger(__name__)
 
 FLUSH_RESULTS = 500
+_REST = 3  # times as long as the last flush took: what comes meanwhile shares the next one
+_LONGEST_REST_S = 0.02
 _RETRY_S = 0.5
 _INSIST_MAX_S = 60.0
 
 
 class Recorder:
-    """The queue of results of one worker; a flush begins as soon as the last one has ended."""
+    """The queue of results of one worker.
+
+    A flush costs much and a result in it little, so that one is not begun at once after the last:
+    under load each then carries what a few milliseconds brought, and a result that comes alone
+    waits for nothing.
+    """
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class Recorder:
         self._taken = 0  # results that ever came in
         self._settled = 0  # of these, those that were recorded or refused
         self._progress = asyncio.Event()
+        self._rest_until = 0.0
         self._flusher: asyncio.Task[None] | None = None
         self._refused: deque[Recorded] = deque()
         self._insister: asyncio.Task[None] | None = None
@@ -111,9 +119,13 @@ class Recorder:
             )
 
     async def _flush_all(self) -> None:
+        clock = asyncio.get_running_loop().time
         while self._waiting:
+            if (rest_s := self._rest_until - clock()) > 0:
+                await asyncio.sleep(rest_s)
             batch = self._take()
             failpoints.reach("recorder.record")
+            began_at = clock()
             try:
                 await record_outcomes(self._database, self._lane, batch)
             except StoreUnavailable as error:
@@ -125,6 +137,8 @@ class Recorder:
             else:
                 self._settle(len(batch))
                 self._told(batch)
+                took_s = clock() - began_at
+                self._rest_until = clock() + min(took_s * _REST, _LONGEST_REST_S)
 
     def _settle(self, results: int) -> None:
         self._settled += results

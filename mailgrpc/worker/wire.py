@@ -26,7 +26,7 @@ from mailgrpc.worker.record import Recorder
 
 log = logging.getLogger(__name__)
 
-STARTED_AHEAD = 64
+STARTED_AHEAD = 128
 MAX_UNRECORDED = 2000
 
 
