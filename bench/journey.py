@@ -16,7 +16,7 @@ from bench.postfix import Postfix
 from bench.row import Measured
 from bench.sink import Sink, Taken
 
-CLIENTS = (20, 50, 100)
+CLIENTS = (8, 20, 50, 100)
 """Connections to Postfix of which the best number is taken."""
 
 Load = Callable[[int], dict]

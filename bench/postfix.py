@@ -99,6 +99,11 @@ postlog   unix-dgram n - n - 1 postlogd
 """
 
 
+_LIFELINE = 'setsid "$@" & read -r _; kill $!; wait $!'
+"""Ends master when the pipe on its input is closed, which it is too when the bench is killed. Master
+has a session of its own, because at its end it signals its whole process group."""
+
+
 def why_absent() -> str:
     """Why there is no Postfix to measure; empty: there is."""
     if not shutil.which("postfix"):
@@ -141,11 +146,10 @@ def postfix(relay_port: int, connections: int) -> Iterator[Postfix]:
         # Makes the queue's directories, with their owners.
         subprocess.run(["postfix", "-c", config, "check"], check=True)
         daemons = Path(_setting(config, "daemon_directory"))
-        # A session of its own: at its end master signals its whole process group.
         process = subprocess.Popen(
-            [daemons / "master", "-c", config, "-s"],
+            ["sh", "-c", _LIFELINE, "sh", daemons / "master", "-c", config, "-s"],
             env={**os.environ, "MAIL_CONFIG": str(config)},
-            start_new_session=True,
+            stdin=subprocess.PIPE,
         )
         try:
             _await_greeting(port, place / "log")
@@ -180,7 +184,8 @@ def _await_greeting(port: int, log: Path) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End master, and see that those whom it ran are gone before their directory is."""
     family = tree(process.pid)
-    process.terminate()
+    assert process.stdin is not None
+    process.stdin.close()
     process.wait(20)
     for _ in range(100):
         left = [pid for pid in family if Path(f"/proc/{pid}").exists()]

@@ -1,6 +1,6 @@
 """Where the mails arrive: an SMTP server that takes everything and keeps a ledger of it.
 
-    python -m bench.sink   → prints two ports (SMTP, ledger), then serves until it is ended
+    python -m bench.sink   → prints two ports (SMTP, ledger), then serves until its input is closed
 
 It stands for the relay of the world outside, for mailgrpc and for Postfix alike, so it must not be
 what limits them: bytes are searched, not lines awaited, and a mail costs it two buffers and one
@@ -123,7 +123,7 @@ async def _serve() -> None:
     smtp = await loop.create_server(lambda: _Smtp(ledger), "127.0.0.1", 0, backlog=512)
     asked = await loop.create_server(lambda: _Asked(ledger), "127.0.0.1", 0)
     print(*(s.sockets[0].getsockname()[1] for s in (smtp, asked)), flush=True)
-    await asyncio.Event().wait()
+    await asyncio.to_thread(sys.stdin.read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +181,16 @@ class Sink:
 @contextlib.contextmanager
 def sink() -> Iterator[Sink]:
     """A sink of one's own."""
-    process = subprocess.Popen([sys.executable, "-m", "bench.sink"], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.sink"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
+        assert process.stdin is not None
         assert process.stdout is not None
         smtp, ledger = map(int, process.stdout.readline().split())
         yield Sink(process.pid, smtp, ledger)
     finally:
-        process.terminate()
+        process.stdin.close()
         process.wait(10)
 
 

@@ -68,10 +68,11 @@ class Connection(asyncio.Protocol):
         if self._mail is not None:
             self._end(False)
 
+    @property
+    def is_lost(self) -> bool:
+        return self._transport.is_closing()
+
     def send(self, mail: Mail) -> None:
-        if self._transport.is_closing():
-            self._free(self, mail, False)
-            return
         self._mail = mail
         self._transport.write(mail.commands)
 
@@ -137,6 +138,8 @@ class Load:
                 self.failed += 1
             if not self._left:
                 self._ended.set()
+        if connection.is_lost:
+            return  # the others go on; where none is left, the time runs out
         if self._due:
             connection.send(self._due.popleft())
         else:
@@ -147,7 +150,8 @@ class Load:
         self._due, self._later = self._later, self._due
         for connection in [self._idle.pop() for _ in range(min(len(self._idle), len(self._due)))]:
             connection.send(self._due.popleft())
-        await self._ended.wait()
+        async with asyncio.timeout(300):
+            await self._ended.wait()
 
     async def open(self, rate: float) -> None:
         """So many a second, whatever the answers do."""
