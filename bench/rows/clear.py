@@ -59,7 +59,7 @@ def run(family: Family) -> list[Measured]:
     past.fill(family, MESSAGES, first_day=20, days=18)
     past.settle(family)
     before = family.stored()
-    said = 0
+    said = failed = 0
     with family.running("serve") as server:
         full = calls(server.address, seconds=4.0, concurrency=256)
         rate = full["rate"] / 2
@@ -67,15 +67,18 @@ def run(family: Family) -> list[Measured]:
         for _ in range(ROUNDS):
             found = calls(server.address, seconds=SECONDS, rate=rate)
             said += found["messages"]
+            failed += found["failed"]
             row.theirs.append(found["p99_ms"])
         clearing = Clearing(server.address)
         clearing.start()
         while clearing.is_alive():
             found = calls(server.address, seconds=SECONDS, rate=rate)
             said += found["messages"]
+            failed += found["failed"]
             if clearing.is_alive():  # beside it from the first call to the last
                 row.ours.append(found["p99_ms"])
     row.check("books", acknowledged=said, rows=family.stored() - before + clearing.cleared)
+    row.check("failed", failed=failed, none=0)
     row.check("cleared", asked=MESSAGES, cleared=clearing.cleared)
     row.limit(f"a million within {WITHIN_S:.0f} s", clearing.took_s <= WITHIN_S)
     row.facts = {

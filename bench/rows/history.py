@@ -130,7 +130,7 @@ async def _drop(family: Family, row: Measured) -> None:
         await drop_days(db, 0, retention, now=now)  # looks, and finds it quiet
         [held] = await db.fetch(
             "SELECT count(*) AS n FROM deliveries WHERE id < first_id_at($1)",
-            now - timedelta(days=retention),
+            now - timedelta(days=retention - 1),
         )
         began = time.monotonic()
         dropped = await drop_days(db, 0, retention, now=now + timedelta(days=1, seconds=1))
