@@ -113,13 +113,13 @@ class Family:
         """Ask the database, on a connection of its own."""
         return _ask(self.url, statement, *arguments)
 
-    def checkpoint(self) -> None:
-        """Have it over before the clock starts; only the superuser may."""
-        _ask(self._superuser_url, "CHECKPOINT")
-
     def stored(self) -> int:
         """How many messages there are."""
         return int(self.sql("SELECT count(*) AS n FROM messages")[0]["n"])
+
+    def checkpoint(self) -> None:
+        """Write all that is not written yet, so that what follows is not charged for it."""
+        _ask(self._superuser_url, "CHECKPOINT")
 
     def postgres_cpu_s(self) -> float:
         """Processor seconds of PostgreSQL so far."""

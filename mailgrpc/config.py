@@ -153,6 +153,9 @@ class Settings:
     event_retention_s: float = _setting(
         7 * 86400.0, _parse_seconds, "how long events can be resumed from (at least 72 h)"
     )
+    retention_days: int | None = _setting(
+        None, _parse_count, "whole days older than this are dropped; without it all is kept"
+    )
     channels: Mapping[str, str] = field(default_factory=dict, metadata={"secret": True})
 
     # Set by `mailgrpc up` for its children: where to say that one is ready, and that there is one
@@ -315,6 +318,8 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(
             "MAILGRPC_EVENT_RETENTION_S: at least 259200 (72 h): tokens are promised that long"
         )
+    if settings.retention_days is not None and settings.retention_days > 36500:
+        raise SettingsError("MAILGRPC_RETENTION_DAYS: at most 36500; leave it out to keep all")
     if settings.lease_s < 3:
         raise SettingsError("MAILGRPC_LEASE_S: at least 3: workers look at each other each second")
     if settings.feed_lanes > 16:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
 from dataclasses import dataclass
 
@@ -16,6 +18,8 @@ from mailgrpc.db.tables import deliveries, messages
 CHUNK_MESSAGES = 500
 CHUNK_DELIVERIES = 2000
 """At most so many a transaction: short enough that others do not feel its locks."""
+_PAUSE_SHARE = 0.5
+_PAUSE_MAX_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +78,26 @@ async def find_clearable(
 ) -> tuple[list[list[uuid.UUID]], list[uuid.UUID]]:
     """The next messages that Clear may remove, and those it leaves because they are being sent.
 
-    The first come in chunks of at most CHUNK_DELIVERIES deliveries. By id, from `after` on; at most `limit` in both together.
+    The first come in chunks of at most CHUNK_DELIVERIES deliveries. By id, from `after` on; at most
+    `limit` in both together.
     """
-    query = _but_waiting(matching(project_id, wanted), force=force, after=after)
-    size = sa.select(sa.func.count()).where(_of_message()).scalar_subquery()
+    # One look at the deliveries of each message, for all that is asked of them.
+    of_it = (
+        sa.select(
+            sa.func.count().label("size"),
+            _some(deliveries.c.state == int(State.SENDING)).label("sending"),
+            _some(deliveries.c.state.in_(_WAITING)).label("waiting"),
+        )
+        .where(_of_message())
+        .lateral("of_it")
+    )
+    query = matching(project_id, wanted).join_from(messages, of_it, sa.true())
+    if after is not None:
+        query = query.where(messages.c.id > after)
+    if not force:
+        query = query.where(sa.not_(of_it.c.waiting))
     rows = await db.select(
-        query.add_columns(_IS_SENDING.label("sending"), size.label("size"))
-        .order_by(messages.c.id)
-        .limit(limit)
+        query.add_columns(of_it.c.sending, of_it.c.size).order_by(messages.c.id).limit(limit)
     )
     chunks: list[list[uuid.UUID]] = []
     room = 0
@@ -100,30 +116,20 @@ async def has_clearable(
     db: Database, project_id: int, wanted: Filter, *, force: bool, after: uuid.UUID | None
 ) -> bool:
     """Whether there is a message behind `after` that Clear may remove."""
-    query = _but_waiting(matching(project_id, wanted), force=force, after=after)
-    rows = await db.select(query.where(sa.not_(_IS_SENDING)).limit(1))
+    query = matching(project_id, wanted)
+    if after is not None:
+        query = query.where(messages.c.id > after)
+    forbidding = [int(State.SENDING)] if force else [int(s) for s in UNENDED]
+    some = sa.select(sa.literal(1)).where(_of_message(), deliveries.c.state.in_(forbidding))
+    rows = await db.select(query.where(sa.not_(some.exists())).order_by(messages.c.id).limit(1))
     return bool(rows)
 
 
-def _but_waiting(
-    query: sa.Select[tuple[uuid.UUID]], *, force: bool, after: uuid.UUID | None
-) -> sa.Select[tuple[uuid.UUID]]:
-    if after is not None:
-        query = query.where(messages.c.id > after)
-    if not force:
-        query = query.where(sa.not_(_some_delivery_in(sorted(UNENDED - {State.SENDING}))))
-    return query
+_WAITING = [int(s) for s in sorted(UNENDED - {State.SENDING})]
 
 
-def _some_delivery_in(states: list[State]) -> sa.ColumnElement[bool]:
-    return (
-        sa.select(sa.literal(1))
-        .where(_of_message(), deliveries.c.state.in_([int(s) for s in states]))
-        .exists()
-    )
-
-
-_IS_SENDING = _some_delivery_in([State.SENDING])
+def _some(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    return sa.func.coalesce(sa.func.bool_or(condition), sa.false())
 
 
 async def clear_messages(
@@ -138,8 +144,10 @@ async def clear_messages(
 ) -> Cleared:
     """Remove these messages in one transaction, and tell every watcher.
 
-    States are checked again under lock: what is being sent by now stays.
+    States are checked again under lock: what is being sent by now stays. Returns after a pause in
+    proportion to what it took: the busier the database is, the more it is left to the others.
     """
+    began = time.monotonic()
     [row] = await db.write(
         "SELECT * FROM clear_messages($1, $2, $3, $4, $5, $6)",
         lane,
@@ -149,4 +157,5 @@ async def clear_messages(
         force,
         filter_json,
     )
+    await asyncio.sleep(min((time.monotonic() - began) * _PAUSE_SHARE, _PAUSE_MAX_S))
     return Cleared(row["cleared"], row["sending"])

@@ -69,7 +69,8 @@ async def release_claims(db: Database, session_id: int, delivery_ids: Sequence[u
     await db.write(
         """UPDATE due q SET session_id = NULL, claims = greatest(q.claims - 1, 0)
            WHERE q.delivery_id = ANY ($2::uuid[]) AND q.session_id = $1
-           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id AND d.state = 2)""",
+           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id AND d.state = 2
+               AND d.id = ANY ($2::uuid[]))""",
         session_id,
         delivery_ids,
     )
@@ -82,7 +83,8 @@ async def drop_bereft(db: Database, session_id: int, delivery_ids: Sequence[uuid
     """
     await db.write(
         """DELETE FROM due q WHERE q.delivery_id = ANY ($2::uuid[]) AND q.session_id = $1
-           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id)""",
+           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id
+               AND d.id = ANY ($2::uuid[]))""",
         session_id,
         delivery_ids,
     )

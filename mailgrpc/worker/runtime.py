@@ -98,6 +98,8 @@ class Worker:
             self.wake,
             self._adopt,
             event_retention_s=settings.event_retention_s,
+            retention_days=settings.retention_days,
+            lane=lane,
             outage=outage,
             swift=swift,
         )

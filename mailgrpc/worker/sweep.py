@@ -21,6 +21,7 @@ from mailgrpc import failpoints
 from mailgrpc.core.delivery import Cause, Outcome, Result, next_step
 from mailgrpc.core.ids import message_of
 from mailgrpc.core.retry import DEFAULT_POLICY
+from mailgrpc.db.days import drop_days, make_days
 from mailgrpc.db.deliveries import Recorded, Started, promote_scheduled, record_outcomes
 from mailgrpc.db.engine import Database
 from mailgrpc.db.events import drop_events
@@ -158,6 +159,8 @@ class Sweeper:
         adopt: Callable[[], Awaitable[None]],
         *,
         event_retention_s: float,
+        retention_days: int | None = None,
+        lane: int = 0,
         outage: Outage | None = None,
         swift: Database | None = None,
     ) -> None:
@@ -168,6 +171,8 @@ class Sweeper:
         self._wake = wake
         self._adopt = adopt
         self._event_retention_s = event_retention_s
+        self._retention_days = retention_days
+        self._lane = lane
         self._outage = outage or Outage()
         self._retry_s = SWEEP_EVERY_S
 
@@ -209,7 +214,12 @@ class Sweeper:
                 log.exception("the chores failed; they are tried again")
 
     async def do_chores(self) -> None:
-        """Drop what has outlived its retention, a bounded amount at a time."""
+        """Make room for the days to come; drop what has outlived its retention, bit by bit."""
+        if made := await make_days(self._database, self._retention_days):
+            log.info("made %d ranges of days ahead", made)
+        if self._retention_days is not None:
+            for name in await drop_days(self._database, self._lane, self._retention_days):
+                log.info("dropped the messages of %s and all that belonged to them", name)
         while await drop_events(self._database, self._event_retention_s):
             pass
         while await forget_old_requests(self._database):

@@ -339,3 +339,15 @@ def test_an_ordinary_user_is_told_whose_data_it_is(
     ran = as_nobody.run("-c", SCRIPT, str(made_data_dir))
     assert "is the directory another user's?" in ran.stderr
     assert "choose another --data-dir" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "disk_gb", "buffers", "log"),
+    [(0.5, 2, "128MB", "256MB"), (4, 20, "512MB", "1024MB"), (64, 500, "1024MB", "2048MB")],
+    ids=["small", "middling", "large"],
+)
+def test_what_a_new_database_takes_follows_the_machine(
+    memory_gb: float, disk_gb: float, buffers: str, log: str
+) -> None:
+    found = cluster.sizes(int(memory_gb * 2**30), int(disk_gb * 2**30))
+    assert found == {"shared_buffers": buffers, "max_wal_size": log}

@@ -1,0 +1,19 @@
+"""Messages and what belongs to them in ranges of time, so that an old one is dropped whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    sql = (Path(__file__).parent / "0003_days.sql").read_text()
+    # By the driver itself: a file of many statements, no parameters. Same transaction.
+    raw = op.get_bind().connection.dbapi_connection
+    raw.run_async(lambda driver: driver.execute(sql))  # type: ignore[union-attr]
