@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -131,7 +132,7 @@ async def test_ranges_are_made_ahead_once_and_without_a_gap(db: Database) -> Non
     assert await make_days(db, 14) == 0
     made = await days(db)
     assert made[-1]["until"] >= now + AHEAD
-    assert all(a["until_id"] == b["first_id"] for a, b in zip(made, made[1:], strict=False))
+    assert all(a["until_id"] == b["first_id"] for a, b in itertools.pairwise(made))
     assert all(d["until"] - d["since"] == DAY for d in made[1:])
     assert all(d["until"].hour == d["until"].minute == 0 for d in made)
     # Later the next ones follow, and of another width where the setting is another.

@@ -33,7 +33,7 @@ LATER = KEPT_DAYS + 2
 @pytest.fixture
 async def sender(db: Database) -> AsyncIterator[Sender]:
     await make_days(db, KEPT_DAYS)
-    yield await Sender.open(db)
+    return await Sender.open(db)
 
 
 async def sent(db: Database, sender: Sender, *new: NewMessage) -> None:
