@@ -99,7 +99,7 @@ postlog   unix-dgram n - n - 1 postlogd
 """
 
 
-_LIFELINE = 'setsid "$@" & read -r _; kill $!; wait $!'
+_LIFELINE = 'setsid "$@" & read -r _; exec 2>/dev/null; kill $!; wait $!'
 """Ends master when the pipe on its input is closed, which it is too when the bench is killed. Master
 has a session of its own, because at its end it signals its whole process group."""
 

@@ -3,8 +3,8 @@
     python -m bench.load.attachments TARGET MESSAGES BYTES IN_FLIGHT   → one JSON line
 
 What is in flight together is more than the server's queue holds (64 MiB), so some calls are refused
-with RESOURCE_EXHAUSTED, as they should be; they are repeated with the same request_id after the
-time that the answer names, as a good client does. The clock runs from the first call, because a
+with RESOURCE_EXHAUSTED, as they should be; they are repeated with the same request_id a moment
+later. The clock runs from the first call, because a
 first acknowledgement comes late here. Requests are serialized before.
 """
 

@@ -20,6 +20,9 @@ from bench.load.percentiles import of_times
 from mailgrpc.v1 import delivery_pb2, mail_service_pb2_grpc
 from mailgrpc.v1 import mail_service_pb2 as pb
 
+_LAST_S = 1.5
+"""For the last events: a hint may be lost, and a server looks by itself after a second."""
+
 
 async def _closed_input() -> None:
     await asyncio.to_thread(sys.stdin.read)
@@ -43,6 +46,7 @@ async def main(target: str) -> None:
 
         reading = asyncio.create_task(read())
         await _closed_input()
+        await asyncio.sleep(_LAST_S)
         reading.cancel()
         await asyncio.wait([reading])
     print(json.dumps(of_times(late)))
