@@ -202,6 +202,7 @@ class Load:
 
     async def _finished(self) -> None:
         if self._under_way:
+            self._idle.clear()  # an open loop may have been idle before
             async with asyncio.timeout(60):
                 await self._idle.wait()
 
