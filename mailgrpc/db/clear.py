@@ -18,8 +18,10 @@ from mailgrpc.db.tables import deliveries, messages
 CHUNK_MESSAGES = 500
 CHUNK_DELIVERIES = 2000
 """At most so many a transaction: short enough that others do not feel its locks."""
-_PAUSE_SHARE = 0.5
-_PAUSE_MAX_S = 0.5
+PAUSE_SHARE = 2.0
+PAUSE_MAX_S = 0.025
+"""After a chunk so many times what it took is left to the others, and at most so long: a million
+messages are gone within two minutes all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,5 +159,5 @@ async def clear_messages(
         force,
         filter_json,
     )
-    await asyncio.sleep(min((time.monotonic() - began) * _PAUSE_SHARE, _PAUSE_MAX_S))
+    await asyncio.sleep(min((time.monotonic() - began) * PAUSE_SHARE, PAUSE_MAX_S))
     return Cleared(row["cleared"], row["sending"])
