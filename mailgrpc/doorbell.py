@@ -43,8 +43,10 @@ _RINGS = "mailgrpc:rings"
 _FEED = "mailgrpc:feed"
 _RINGS_KEPT = 16
 _JOBS_KEPT = 16
-_REST = 9  # times as long as the last sending took: at most a tenth of the time goes into ringing
-_LONGEST_REST_S = 0.025
+# Between two of a kind, so many times as long as the last one took. A hint is cheaper than a ring,
+# and who watches sees every millisecond of it.
+_RING_REST, _HINT_REST = 3, 1
+_LONGEST_REST_S = 0.010
 _JOB_EVERY_S = 0.25
 _RECONNECT_S = 0.5
 _AHEAD_S = 600.0
@@ -75,8 +77,10 @@ class Doorbell:
                 job_deserializer=msgpack.unpackb,
                 default_queue_name=QUEUE,
             )
-        self._wanted: set[str] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._rings: set[str] = set()
+        self._hints: set[str] = set()
+        self._ringing: asyncio.Task[None] | None = None
+        self._hinting: asyncio.Task[None] | None = None
         self._job_at = 0.0
         self._reachable = True
 
@@ -87,11 +91,16 @@ class Doorbell:
 
     def ring(self) -> None:
         """Deliveries may be due. Returns at once."""
-        self._want(DRAIN)
+        self._ring(DRAIN)
 
     def hint_feed(self) -> None:
         """Events may be new. Returns at once."""
-        self._want(_FEED)
+        if self._redis is None:
+            return
+        self._hints.add(_FEED)
+        if self._hinting is None or self._hinting.done():
+            hints = self._send(self._hints, _HINT_REST)
+            self._hinting = asyncio.get_running_loop().create_task(hints)
 
     def ring_at(self, when: datetime) -> None:
         """Deliveries will be due at `when`: one deferred job a second.
@@ -100,7 +109,7 @@ class Doorbell:
         """
         second = int(when.timestamp()) + 1
         if second - time.time() < _AHEAD_S:
-            self._want(str(second))
+            self._ring(str(second))
 
     async def heard_ring(self, timeout_s: float) -> bool:
         """Wait for a ring. False after the time-out, or soon when Redis cannot be asked."""
@@ -147,42 +156,47 @@ class Doorbell:
 
     async def close(self) -> None:
         """Let the last ring out and end the connections."""
-        if self._task is not None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._task), 1)
-            self._task.cancel()
+        for task in (self._ringing, self._hinting):
+            if task is not None:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(task), 1)
+                task.cancel()
         if self._redis is not None:
             with contextlib.suppress(*_BROKEN):
                 await asyncio.wait_for(self._redis.aclose(close_connection_pool=True), 1)
 
-    def _want(self, what: str) -> None:
+    def _ring(self, what: str) -> None:
         if self._redis is None:
             return
-        self._wanted.add(what)
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._send())
+        self._rings.add(what)
+        if self._ringing is None or self._ringing.done():
+            rings = self._send(self._rings, _RING_REST)
+            self._ringing = asyncio.get_running_loop().create_task(rings)
 
-    async def _send(self) -> None:
+    async def _send(self, wanted: set[str], rest: int) -> None:
+        """Send what is wanted of one kind until nothing is, with rests between."""
         clock = asyncio.get_running_loop().time
-        while self._wanted:
-            wanted, self._wanted = self._wanted, set()
+        while wanted:
+            taken = set(wanted)
+            wanted.clear()
             began_at = clock()
             try:
                 async with asyncio.timeout(2):
-                    await self._send_once(wanted)
+                    await self._send_once(taken)
                 self._note(None)
             except _BROKEN as error:
                 self._note(error)
-            await asyncio.sleep(min((clock() - began_at) * _REST, _LONGEST_REST_S))
+            await asyncio.sleep(min((clock() - began_at) * rest, _LONGEST_REST_S))
 
     async def _send_once(self, wanted: set[str]) -> None:
         assert self._redis is not None
+        if _FEED in wanted:
+            await self._redis.publish(_FEED, b"1")
+            return
         async with self._redis.pipeline(transaction=False) as pipe:
             if DRAIN in wanted:
                 pipe.lpush(_RINGS, b"1")
                 pipe.ltrim(_RINGS, 0, _RINGS_KEPT - 1)
-            if _FEED in wanted:
-                pipe.publish(_FEED, b"1")
             # Those whose time has come: what is deferred says nothing about who takes jobs.
             pipe.zcount(QUEUE, "-inf", time.time() * 1000)
             *_, untaken = await pipe.execute()
@@ -191,7 +205,7 @@ class Doorbell:
         if DRAIN in wanted and time.monotonic() - self._job_at > _JOB_EVERY_S:
             self._job_at = time.monotonic()
             await self._redis.enqueue_job(DRAIN)
-        for second in wanted - {DRAIN, _FEED}:
+        for second in wanted - {DRAIN}:
             when = datetime.fromtimestamp(int(second), UTC)
             await self._redis.enqueue_job(DRAIN, _job_id=f"{DRAIN}:{second}", _defer_until=when)
 

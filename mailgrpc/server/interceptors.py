@@ -37,7 +37,7 @@ from mailgrpc.errors import (
     Unavailable,
 )
 from mailgrpc.server.convert import SHOWN_VIOLATIONS, shown_violations
-from mailgrpc.server.deadlines import Deadlines
+from mailgrpc.server.deadlines import Deadlines, Limit
 from mailgrpc.v1 import mail_service_pb2
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,8 @@ def _rich_status(error: RequestError, shown: int) -> status_pb2.Status:
 
 
 async def _abort(context: Any, error: RequestError) -> NoReturn:
+    if isinstance(error, _NoAnswer):
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, error.text)
     await context.abort(
         status_of(error.reason),
         error.text[:_TEXT_CHARACTERS],
@@ -144,6 +146,22 @@ def translated(error: BaseException, method: str) -> RequestError:
     error_id = secrets.token_hex(6)
     log.error("%s failed, error id %s", method, error_id, exc_info=error)
     return RequestError(Reason.INTERNAL, f"internal error {error_id}")
+
+
+class _NoAnswer(RequestError):
+    """The server's own deadline has passed. Not of the contract's reasons: plain gRPC says it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Reason.UNSPECIFIED,
+            "no answer in the time that this server gives a call without a deadline",
+        )
+
+
+def _bare(error: RequestError) -> RequestError:
+    """The error without the frames that it came through."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def _is_callers(context: Any) -> bool:
@@ -211,27 +229,31 @@ class Edge:
                     await self._let_in(request, context)
                     return await call(request, context)
             except TimeoutError as error:
-                if not limit.expired:  # one of our own, from within
-                    await _abort(context, translated(error, name))
-                if context.time_remaining() is not None:
-                    silent = StoreUnavailable("no answer within the caller's time")
-                    await _abort(context, translated(silent, name))
-                await context.abort(
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    "no answer in the time that this server gives a call without a deadline",
-                )
+                failure = self._timed_out(error, limit, context, name)
             except asyncio.CancelledError:
                 # The caller has gone, or a future of our own was cancelled under us: in that case
                 # the caller is still there, and raising this would leave it without an answer.
                 if _is_callers(context):
                     raise
-                await _abort(context, translated(RuntimeError("cancelled from inside"), name))
+                failure = translated(RuntimeError("cancelled from inside"), name)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001  translated logs what nobody foresaw
-                await _abort(context, translated(error, name))
+                failure = translated(error, name)
+            # gRPC keeps what `abort` raises in a cycle with the call, and by its frames all that
+            # they hold. A refused request of megabytes must not wait there to be found.
+            request = None
+            return await _abort(context, _bare(failure))
 
         return run
+
+    @staticmethod
+    def _timed_out(error: TimeoutError, limit: Limit, context: Any, name: str) -> RequestError:
+        if not limit.expired:  # one of our own, from within
+            return translated(error, name)
+        if context.time_remaining() is not None:
+            return translated(StoreUnavailable("no answer within the caller's time"), name)
+        return _NoAnswer()
 
     def _streaming(
         self, call: Callable[[Any, Any], AsyncIterator[Any]], name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import re
 from collections.abc import AsyncIterator, Callable
@@ -652,3 +653,19 @@ async def test_a_time_out_from_within_is_not_told_as_the_callers(
     sent = await server_only.stub.Enqueue(enqueue())
     refusal = await refusal_of(server_only.status(sent.message_id))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+
+
+async def test_a_refused_call_holds_nothing_once_it_is_answered(server_only: Gateway) -> None:
+    """gRPC leaves what it raised in a cycle: that must not hold a request of megabytes."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        await refusal_of(server_only.stub.Enqueue(enqueue("not an address")))
+        gc.collect()
+        held = {type(left).__name__ for left in gc.garbage}
+        assert not held & {"EnqueueRequest", "MailMessage", "Submission", "NewMessage"}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
