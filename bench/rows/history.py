@@ -51,8 +51,8 @@ def _in_turns(row: Measured, full: Family, empty: Family, once: Callable[[Family
             if number:  # the first of each warms it up
                 rates.append(found["rate"])
                 cpu[f].append((f.postgres_cpu_s() - used) / found["messages"] * 1e6)
-    for f in said:
-        row.check("books", acknowledged=said[f], rows=f.stored() - before[f])
+    for f, acknowledged in said.items():
+        row.check("books", acknowledged=acknowledged, rows=f.stored() - before[f])
     row.facts["PostgreSQL's processor time a message, full and empty"] = (
         f"{statistics.median(cpu[full]):.0f} µs, {statistics.median(cpu[empty]):.0f} µs"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -71,7 +72,9 @@ async def days(db: Database) -> list[Any]:
 
 async def where(db: Database, table: str = "messages") -> dict[str, int]:
     """How many rows each range has."""
-    rows = await db.fetch(f"SELECT tableoid::regclass::text AS name, count(*) FROM {table} GROUP BY 1")
+    rows = await db.fetch(
+        f"SELECT tableoid::regclass::text AS name, count(*) FROM {table} GROUP BY 1"
+    )
     return {row["name"].removeprefix(f"{table}_"): row["count"] for row in rows}
 
 
@@ -129,7 +132,7 @@ async def test_ranges_are_made_ahead_once_and_without_a_gap(db: Database) -> Non
     assert await make_days(db, 14) == 0
     made = await days(db)
     assert made[-1]["until"] >= now + AHEAD
-    assert all(a["until_id"] == b["first_id"] for a, b in zip(made, made[1:], strict=False))
+    assert all(a["until_id"] == b["first_id"] for a, b in itertools.pairwise(made))
     assert all(d["until"] - d["since"] == DAY for d in made[1:])
     assert all(d["until"].hour == d["until"].minute == 0 for d in made)
     # Later the next ones follow, and of another width where the setting is another.
@@ -150,7 +153,7 @@ async def test_where_no_range_was_made_the_net_takes_it_and_becomes_one(db: Data
     for table in TABLES:
         ranges = await where(db, table)
         assert ranges.pop("net") == 1
-        assert ranges == {"d" + _text((await days(db))[-4]["since"]): 15} or len(ranges) == 1
+        assert list(ranges.values()) == [15]  # one range for all of that time
     statuses = await read_statuses(db, 1, [m.message_id for m in [*fell, far_ahead]])
     assert len(statuses) == 16
     # And a new net hangs below.
@@ -220,7 +223,9 @@ async def test_the_hot_functions_read_only_the_rows_and_the_ranges_they_are_abou
         WHERE relname ~ '^(messages|deliveries|attempts|attachments)_' AND seq_scan + idx_scan > 0"""
     async with connection.transaction():
         started = await connection.fetch(
-            "SELECT * FROM start_deliveries($1, 0, $2::uuid[], $2::uuid[], $2::uuid[])", session, ids
+            "SELECT * FROM start_deliveries($1, 0, $2::uuid[], $2::uuid[], $2::uuid[])",
+            session,
+            ids,
         )
         rows = await connection.fetch(touched)
         assert len(started) == 40

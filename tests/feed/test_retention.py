@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
@@ -31,9 +30,9 @@ LATER = KEPT_DAYS + 2
 
 
 @pytest.fixture
-async def sender(db: Database) -> AsyncIterator[Sender]:
+async def sender(db: Database) -> Sender:
     await make_days(db, KEPT_DAYS)
-    yield await Sender.open(db)
+    return await Sender.open(db)
 
 
 async def sent(db: Database, sender: Sender, *new: NewMessage) -> None:
@@ -99,9 +98,7 @@ async def test_a_day_with_something_that_waits_is_kept_until_a_day_after_its_end
     assert await drops_today(db, LATER + 1.1)
 
 
-async def test_what_is_scheduled_for_much_later_keeps_its_day(
-    db: Database, sender: Sender
-) -> None:
+async def test_what_is_scheduled_for_much_later_keeps_its_day(db: Database, sender: Sender) -> None:
     await sent(db, sender, message())
     await enqueue(db, waiting := message())
     await db.write("DELETE FROM due")
