@@ -260,13 +260,17 @@ async def read_contents(
                    SELECT k.id, sum(coalesce(octet_length(m.content), 0) + f.bytes) OVER (
                        ORDER BY k.n ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
                    FROM unnest($1::uuid[]) WITH ORDINALITY AS k(id, n)
-                   JOIN messages m ON m.id = k.id AND m.id = ANY ($1::uuid[])
+                   CROSS JOIN LATERAL (SELECT * FROM messages m
+                       WHERE m.id = k.id AND m.id BETWEEN $3 AND $4 LIMIT 1) AS m
                    CROSS JOIN LATERAL (SELECT coalesce(sum(octet_length(a.data)), 0) AS bytes
-                       FROM attachments a WHERE a.message_id = k.id) AS f) AS k
-               JOIN messages m ON m.id = k.id JOIN projects p ON p.id = m.project_id
-               WHERE coalesce(k.before, 0) < $2 AND m.id = ANY ($1::uuid[])""",
+                       FROM attachments a
+                       WHERE a.message_id = k.id AND a.message_id BETWEEN $3 AND $4) AS f) AS k
+               CROSS JOIN LATERAL (SELECT * FROM messages m
+                   WHERE m.id = k.id AND m.id BETWEEN $3 AND $4 LIMIT 1) AS m
+               JOIN projects p ON p.id = m.project_id WHERE coalesce(k.before, 0) < $2""",
             ids,
             most_bytes,
+            *bounds(ids),
         )
     files: dict[uuid.UUID, dict[int, bytes]] = {}
     if with_files:
