@@ -178,16 +178,26 @@ async def read_known_requests(
 
 
 # A look-up a message and a delivery: as plain joins over ranges of ids the planner takes them for a
-# ninth of the table and reads all of it. The LIMITs are fences and estimates.
+# ninth of the table and reads all of it. The LIMITs are fences and estimates. And between which ids
+# all of it lies is said for the planner, who then plans for those ranges of days and no others.
 STATUSES = f"""SELECT m.id AS message_id, m.created_at, m.request_id, m.correlation_id, m.subject,
         m.tags, m.custom_args, d.*, {RESULT_COLUMNS}
-    FROM unnest($1::uuid[]) AS k(id) JOIN messages m ON m.id = k.id
+    FROM unnest($1::uuid[]) AS k(id) JOIN messages m ON m.id = k.id AND m.id = ANY ($1::uuid[])
     CROSS JOIN LATERAL (SELECT * FROM deliveries d WHERE d.id > m.id
-        AND d.id <= last_delivery_of(m.id) ORDER BY d.id LIMIT 65535) d
+        AND d.id <= last_delivery_of(m.id) AND d.id BETWEEN $3 AND $4
+        ORDER BY d.id LIMIT 65535) d
     LEFT JOIN LATERAL (SELECT * FROM attempts a WHERE a.delivery_id = d.id
+        AND a.delivery_id BETWEEN $3 AND $4
         AND a.number = d.attempt_count LIMIT 1) a ON true
     WHERE m.project_id = $2 ORDER BY d.id"""  # noqa: S608  constants
-"""The messages of $1 in project $2, a row for each delivery, by id."""
+"""The messages of $1 in project $2, a row for each delivery, by id; $3 and $4 are `bounds` of $1."""
+
+
+def bounds(message_ids: Sequence[uuid.UUID]) -> tuple[uuid.UUID, uuid.UUID]:
+    """Between which ids all deliveries of these messages lie; of none, the lowest id there is."""
+    if not message_ids:
+        return uuid.UUID(int=0), uuid.UUID(int=0)
+    return min(message_ids), delivery_id(max(message_ids), 0xFFFF)
 
 
 async def read_statuses(
@@ -197,11 +207,8 @@ async def read_statuses(
 
     One statement, so one moment.
     """
-    rows = await db.fetch(
-        STATUSES,
-        list(message_ids),
-        project_id,
-    )
+    ids = list(message_ids)
+    rows = await db.fetch(STATUSES, ids, project_id, *bounds(ids))
     by_message: dict[uuid.UUID, list[Row]] = {}
     for row in rows:
         by_message.setdefault(row["message_id"], []).append(row)
@@ -253,13 +260,17 @@ async def read_contents(
                    SELECT k.id, sum(coalesce(octet_length(m.content), 0) + f.bytes) OVER (
                        ORDER BY k.n ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
                    FROM unnest($1::uuid[]) WITH ORDINALITY AS k(id, n)
-                   JOIN messages m ON m.id = k.id AND m.id = ANY ($1::uuid[])
+                   CROSS JOIN LATERAL (SELECT * FROM messages m
+                       WHERE m.id = k.id AND m.id BETWEEN $3 AND $4 LIMIT 1) AS m
                    CROSS JOIN LATERAL (SELECT coalesce(sum(octet_length(a.data)), 0) AS bytes
-                       FROM attachments a WHERE a.message_id = k.id) AS f) AS k
-               JOIN messages m ON m.id = k.id JOIN projects p ON p.id = m.project_id
-               WHERE coalesce(k.before, 0) < $2 AND m.id = ANY ($1::uuid[])""",
+                       FROM attachments a
+                       WHERE a.message_id = k.id AND a.message_id BETWEEN $3 AND $4) AS f) AS k
+               CROSS JOIN LATERAL (SELECT * FROM messages m
+                   WHERE m.id = k.id AND m.id BETWEEN $3 AND $4 LIMIT 1) AS m
+               JOIN projects p ON p.id = m.project_id WHERE coalesce(k.before, 0) < $2""",
             ids,
             most_bytes,
+            *bounds(ids),
         )
     files: dict[uuid.UUID, dict[int, bytes]] = {}
     if with_files:

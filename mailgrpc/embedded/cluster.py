@@ -55,6 +55,8 @@ _DEFAULTS = {
     "min_wal_size": "48MB",
     # The queue is small, and all of it changes all the time: look often.
     "autovacuum_naptime": "15s",
+    # A statement locks all ranges of days that its plan knows: without a common table for it.
+    "max_locks_per_transaction": "128",
     "log_checkpoints": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",

@@ -234,7 +234,7 @@ class MessagesCleared(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """How many messages this event stands for."""
+    """How many messages this event stands for; 0 where whole days were dropped, uncounted."""
     @_builtins.property
     def filter(self) -> _delivery_pb2.MessageFilter:
         """Among which messages: the filter of the Clear. One Clear may be told in several events; its filter

@@ -46,6 +46,7 @@ CHORES_EVERY_S = 300.0
 PROMOTED_AT_ONCE = 2000
 _RETRY_MAX_S = 30.0
 _LOOKS_APART_S = 2.0
+_PAUSE_MAX_S = 1.0
 _WORKER_LOST = Result(
     Outcome.UNKNOWN, Cause.WORKER_LOST, text="the worker ended before it could tell"
 )
@@ -220,8 +221,14 @@ class Sweeper:
         if self._retention_days is not None:
             for name in await drop_days(self._database, self._lane, self._retention_days):
                 log.info("dropped the messages of %s and all that belonged to them", name)
-        while await drop_events(self._database, self._event_retention_s):
-            pass
-        while await forget_old_requests(self._database):
-            pass
+        await _bit_by_bit(lambda: drop_events(self._database, self._event_retention_s))
+        await _bit_by_bit(lambda: forget_old_requests(self._database))
         await forget_old_rest(self._database)
+
+
+async def _bit_by_bit(once: Callable[[], Awaitable[int]]) -> None:
+    """Call it until nothing is left to do, and leave as much time to the others as it takes."""
+    began = time.monotonic()
+    while await once():
+        await asyncio.sleep(min(time.monotonic() - began, _PAUSE_MAX_S))
+        began = time.monotonic()

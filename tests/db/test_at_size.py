@@ -9,7 +9,7 @@ import asyncpg
 
 from mailgrpc.db.deliveries import promote_scheduled
 from mailgrpc.db.engine import Database
-from mailgrpc.db.messages import STATUSES
+from mailgrpc.db.messages import STATUSES, bounds
 
 MESSAGES = 30_000
 FILL = """
@@ -37,7 +37,9 @@ async def test_reading_200_statuses_touches_the_rows_of_200_messages(db: Databas
     await db.write("ANALYZE deliveries")
     await db.write("ANALYZE attempts")
     ids = [uuid.UUID(f"01900000-0000-7000-8000-{i * 100:08x}0000") for i in range(1, 201)]
-    [row] = await db.fetch(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATUSES}", ids, 1)
+    [row] = await db.fetch(
+        f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATUSES}", ids, 1, *bounds(ids)
+    )
     plan = row[0][0]["Plan"]
     assert plan["Actual Rows"] == 200
     # Three look-ups a message, each a few pages deep; the whole is some thousands of pages.

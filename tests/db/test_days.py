@@ -153,7 +153,7 @@ async def test_where_no_range_was_made_the_net_takes_it_and_becomes_one(db: Data
     for table in TABLES:
         ranges = await where(db, table)
         assert ranges.pop("net") == 1
-        assert ranges == {"d" + _text((await days(db))[-4]["since"]): 15} or len(ranges) == 1
+        assert list(ranges.values()) == [15]  # one range for all of that time
     statuses = await read_statuses(db, 1, [m.message_id for m in [*fell, far_ahead]])
     assert len(statuses) == 16
     # And a new net hangs below.

@@ -18,9 +18,16 @@ async def _nothing() -> None:
     """No neighbour has left a journal."""
 
 
-def _sweeper(db: Database) -> Sweeper:
-    reaper = Reaper(db, lane=0, clock=Clock())
-    return Sweeper(db, reaper, Expiry(db, lane=0), lambda: None, _nothing, event_retention_s=WEEK_S)
+def _sweeper(db: Database, retention_days: int | None = None) -> Sweeper:
+    return Sweeper(
+        db,
+        Reaper(db, lane=0, clock=Clock()),
+        Expiry(db, lane=0),
+        lambda: None,
+        _nothing,
+        event_retention_s=WEEK_S,
+        retention_days=retention_days,
+    )
 
 
 async def _request(db: Database, name: str, message: uuid.UUID, age: str) -> None:
@@ -108,3 +115,18 @@ async def test_what_was_told_lately_stays_while_a_window_reaches_it(
         )
     await _sweeper(db).do_chores()
     assert [row[0] for row in await db.fetch("SELECT key FROM recent_content")] == [b"in"]
+
+
+async def test_days_are_made_ahead_and_old_ones_dropped(db: Database, store: Store) -> None:
+    await store.put()
+    await db.write("DELETE FROM due")
+    await _sweeper(db, retention_days=30).do_chores()
+    assert await store.value("SELECT max(until) > now() + interval '3 days' FROM days")
+    await db.write("UPDATE days SET until = until - interval '40 days' WHERE name = 'before'")
+    await _sweeper(db, retention_days=30).do_chores()  # looks, and finds it quiet
+    assert await store.value("SELECT count(*) FROM messages") == 1
+    await db.write("UPDATE days SET quiet_since = quiet_since - interval '2 days'")
+    await _sweeper(db).do_chores()  # without a retention all is kept
+    assert await store.value("SELECT count(*) FROM messages") == 1
+    await _sweeper(db, retention_days=30).do_chores()
+    assert await store.value("SELECT count(*) FROM messages") == 0
