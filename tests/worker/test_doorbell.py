@@ -149,7 +149,7 @@ async def test_no_more_jobs_are_sent_while_nobody_takes_them(
         bell.ring_at(later + timedelta(seconds=second))
     for _ in range(40):
         bell.ring()
-        await until(lambda: bell._ringing is None or bell._task.done())
+        await until(lambda: bell._ringing is None or bell._ringing.done())
     await bell.close()
     assert await redis.zcount(QUEUE, "-inf", time.time() * 1000) == 17
     assert await redis.zcard(QUEUE) == 47
