@@ -101,6 +101,7 @@ class Settings:
     listen: HostPort = _setting(
         lambda: HostPort("127.0.0.1", 50051), parse_host_port, "where gRPC listens"
     )
+    processes: int = _setting(1, _parse_count, "server processes that share the port (Linux)")
     database_url: str | None = _setting(
         None, str, "PostgreSQL, e.g. postgresql://user:password@host/mailgrpc", secret=True
     )
@@ -162,6 +163,8 @@ class Settings:
     # log for all, for people.
     ready_fd: int | None = _setting(None, _parse_count, "")
     under_up: bool = _setting(False, lambda text: text == "1", "")
+    # Set by `mailgrpc serve --processes` for its children: which of them this one is.
+    sibling: int | None = _setting(None, _parse_count, "")
     # Set by the fault suite: see failpoints.py.
     failpoints: str = _setting("", str, "")
 
@@ -324,6 +327,8 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError("MAILGRPC_LEASE_S: at least 3: workers look at each other each second")
     if settings.feed_lanes > 16:
         raise SettingsError("MAILGRPC_FEED_LANES: at most 16")
+    if settings.processes > 64:
+        raise SettingsError("MAILGRPC_PROCESSES: at most 64")
 
 
 def _hint(name: str, known: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def load(**flags: str | None) -> Settings:
     start_logging(settings.log_format, settings.log_level, for_people=settings.under_up)
     with told():
         failpoints.arm(settings.failpoints)
-    for warning in warnings:
+    for warning in warnings if settings.sibling is None else ():
         click.echo(f"mailgrpc: warning: {warning}", err=True)
     return settings
 
@@ -57,7 +57,8 @@ def told() -> Iterator[None]:
         sys.exit(1)
 
 
-_OVERTIME_S = 4.0
+OVERTIME_S = 4.0
+"""How long after its grace time a `main` that still runs is thought to hang."""
 
 
 def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]], grace_s: float) -> None:
@@ -76,7 +77,7 @@ def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]], grace_s:
             if stop.is_set():
                 task.cancel()
             else:
-                overtime = threading.Timer(grace_s + _OVERTIME_S, _give_up, [loop])
+                overtime = threading.Timer(grace_s + OVERTIME_S, _give_up, [loop])
                 overtime.daemon = True
                 overtime.start()
             stop.set()

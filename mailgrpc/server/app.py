@@ -97,7 +97,7 @@ class MailServer:
         chores, database = database, database.with_patience(LOOK_UP_S)
         self._doorbell = Doorbell(settings.redis_url)
         self._feed = Feed(self._database, self._doorbell)
-        lane = secrets.randbelow(settings.feed_lanes)
+        lane = _lane(settings)
         self._intake = Intake(
             database, self._doorbell, self._feed, lane=lane, limit=settings.queue_limit
         )
@@ -132,7 +132,7 @@ class MailServer:
         await check_schema(self._database)
         self._warn_of_what_is_open()
         await self._feed.start()
-        server = grpc.aio.server(options=_options())
+        server = grpc.aio.server(options=_options(shared=self._settings.sibling is not None))
         edge = Edge(
             self._database.with_patience(LOOK_UP_S),
             keys=self._settings.auth == "keys",
@@ -227,10 +227,18 @@ class MailServer:
             await self._health.set(name, serving if good else not_serving)
 
 
-def _options() -> list[tuple[str, Any]]:
+def _lane(settings: Settings) -> int:
+    """The feed's lane that this process writes to: siblings follow each other."""
+    if settings.sibling is None:
+        return secrets.randbelow(settings.feed_lanes)
+    return settings.sibling % settings.feed_lanes
+
+
+def _options(*, shared: bool) -> list[tuple[str, Any]]:
     return [
-        # A second server on a taken port would start and take half of the calls.
-        ("grpc.so_reuseport", 0),
+        # A second server on a taken port would start and take half of the calls. Siblings are to,
+        # and who started them holds the port against others.
+        ("grpc.so_reuseport", int(shared)),
         ("grpc.max_receive_message_length", _RECEIVED_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 60_000),

@@ -22,7 +22,7 @@ async def main(stop):
     await stuck()
 
 import mailgrpc.cli.process as process
-process._OVERTIME_S = 0.1
+process.OVERTIME_S = 0.1
 run_until_stopped(main, 0.1)
 """
 
