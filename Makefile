@@ -8,7 +8,7 @@ unexport PYTHONPATH PYTHONHOME
 MINUTES ?= 10
 SEED ?= 1
 
-.PHONY: help demo up test check check-proto faults faults-mutants generate bench lock clean
+.PHONY: help demo up test check check-proto faults faults-mutants generate bench profile lock clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ generate: .venv/dev ## Generate the stubs from proto/
 
 bench: .venv/dev ## Measure what it costs, against limits (ROW=enqueue for one row)
 	$(PY) -m bench $(ROW)
+
+profile: .venv/dev ## Show where the time of a row goes (ROW=enqueue, batch or drain)
+	$(PY) -m bench.profile $(ROW)
 
 lock: ## Pin the dependencies anew (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
