@@ -6,16 +6,20 @@ import asyncio
 import enum
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from mailgrpc import errors
 from mailgrpc.core import delivery as domain
+from mailgrpc.db import schema
 from mailgrpc.db.connecting import SCHEMA
 from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import check_schema, migrate, wanted_revision
@@ -144,8 +148,6 @@ async def test_an_older_schema_is_refused_with_what_to_do(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for a program of the next version."""
-    from mailgrpc.db import schema
-
     monkeypatch.setattr(schema, "wanted_revision", lambda: "9999")
     with pytest.raises(SchemaError, match=r"schema \d{4}, this program needs 9999.*migrate"):
         await check_schema(db)
@@ -181,3 +183,11 @@ async def test_migrations_at_once_are_safe(empty_database_url: str) -> None:
 
 def test_a_second_migration_changes_nothing(database_url: str) -> None:
     assert migrate(database_url) == wanted_revision()
+
+
+def test_the_files_are_named_by_their_revisions() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
+    scripts = ScriptDirectory.from_config(config)
+    assert schema._revisions() == sorted(s.revision for s in scripts.walk_revisions())
+    assert wanted_revision() == scripts.get_current_head()
