@@ -39,9 +39,7 @@ def reserved(listen: HostPort) -> Iterator[HostPort]:
         raise SettingsError("--processes: several processes can share a port on Linux alone")
     with contextlib.ExitStack() as held:
         try:
-            port = listen.port
-            for family, host in _addresses(listen):
-                port = _reserve(held, family, host, port)
+            port = _reserve_all(held, listen)
         except OSError as error:
             raise SettingsError(
                 f"cannot listen on {listen}: {_why(error)} (MAILGRPC_LISTEN chooses another)"
@@ -49,8 +47,24 @@ def reserved(listen: HostPort) -> Iterator[HostPort]:
         yield HostPort(listen.host, port)
 
 
+def _reserve_all(held: contextlib.ExitStack, listen: HostPort) -> int:
+    """The port, on each address of the host that this machine has, as gRPC listens."""
+    port, reserved_any, missing = listen.port, False, None
+    for family, host in _addresses(listen):
+        try:
+            port = _reserve(held, family, host, port)
+            reserved_any = True
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            missing = error  # `localhost` is also ::1 where there is no IPv6
+    if missing is not None and not reserved_any:
+        raise missing
+    return port
+
+
 def _addresses(listen: HostPort) -> list[tuple[socket.AddressFamily, str]]:
-    """All that the host's name stands for: gRPC listens on each."""
+    """All that the host's name stands for."""
     found = socket.getaddrinfo(
         listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )

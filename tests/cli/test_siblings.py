@@ -21,6 +21,7 @@ import pytest
 from mailgrpc.config import HostPort, Settings
 from mailgrpc.db.engine import Database
 from mailgrpc.errors import SettingsError
+from mailgrpc.server import port as server_port
 from mailgrpc.server.port import reserved
 from mailgrpc.v1 import mail_service_pb2_grpc
 from tests.gateway import PATIENCE_S, enqueue
@@ -236,6 +237,14 @@ def test_a_port_that_an_earlier_server_has_just_left_is_free() -> None:
         with socket.create_connection(("127.0.0.1", port)), contextlib.closing(place.accept()[0]):
             pass  # the server's end closes first, and lingers in TIME_WAIT
     with reserved(HostPort("127.0.0.1", port)) as where, _listening(where.port, shared=True):
+        pass
+
+
+def test_a_name_of_which_this_machine_lacks_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `localhost` where there is no IPv6: gRPC listens on what there is."""
+    found = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET, "127.0.0.1")]
+    monkeypatch.setattr(server_port, "_addresses", lambda _listen: found)
+    with reserved(HostPort("somewhere", 0)) as where, _listening(where.port, shared=True):
         pass
 
 
