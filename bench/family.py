@@ -87,7 +87,7 @@ class Family:
 
     def __init__(self, url: str, superuser_url: str, redis_url: str, data: Path) -> None:
         self.url = url
-        self._superuser_url = superuser_url
+        self.superuser_url = superuser_url
         self.redis_url = redis_url
         self._data = data
         self.environ = {
@@ -113,13 +113,17 @@ class Family:
         """Ask the database, on a connection of its own."""
         return _ask(self.url, statement, *arguments)
 
+    def as_superuser(self, statement: str) -> list[asyncpg.Record]:
+        """What only PostgreSQL's superuser may, e.g. change its settings."""
+        return _ask(self.superuser_url, statement)
+
     def stored(self) -> int:
         """How many messages there are."""
         return int(self.sql("SELECT count(*) AS n FROM messages")[0]["n"])
 
     def checkpoint(self) -> None:
         """Write all that is not written yet, so that what follows is not charged for it."""
-        _ask(self._superuser_url, "CHECKPOINT")
+        self.as_superuser("CHECKPOINT")
 
     def postgres_cpu_s(self) -> float:
         """Processor seconds of PostgreSQL so far."""

@@ -1,7 +1,7 @@
 """One Enqueue a call, over HTTP/2 frames written by hand.
 
     python -m bench.load.calls TARGET (--seconds S | --messages M) [--concurrency N | --rate R]
-        [--mode M] [--acknowledged FILE]
+        [--mode M] [--connections C] [--acknowledged FILE]
 
 Why by hand. gRPC's own Python client costs as much a call as the server that it measures, and on a
 machine of two cores that is half of the result; h2load is cheap and sends one body for ever. A
@@ -155,11 +155,13 @@ class Load:
         self._under_way = 0
         self._idle = asyncio.Event()
 
-    async def connect(self, method: str = "/mailgrpc.v1.MailService/Enqueue") -> None:
+    async def connect(
+        self, connections: int = CONNECTIONS, method: str = "/mailgrpc.v1.MailService/Enqueue"
+    ) -> None:
         host, _, port = self._target.rpartition(":")
         headers = header_block(self._target, method)
         loop = asyncio.get_running_loop()
-        for _ in range(CONNECTIONS):
+        for _ in range(connections):
             _, connection = await loop.create_connection(
                 lambda: Connection(headers, self._done), host, int(port)
             )
@@ -187,7 +189,7 @@ class Load:
         began = time.perf_counter()
         self._more = True
         for number in range(min(concurrency, len(self._bodies))):
-            self._start(self._connections[number % CONNECTIONS], began)
+            self._start(self._connections[number % len(self._connections)], began)
         if seconds:
             await asyncio.sleep(seconds)
             self._more = False
@@ -207,7 +209,7 @@ class Load:
                 await asyncio.sleep(max(left, 0.001))
             if not self._bodies:
                 break
-            self._start(self._connections[number % CONNECTIONS], due)
+            self._start(self._connections[number % len(self._connections)], due)
         await self._finished()
         return time.perf_counter() - began
 
@@ -233,7 +235,7 @@ async def main(options: argparse.Namespace) -> None:
     spare = int(options.seconds * (options.rate or PREPARED_A_SECOND)) + 1000
     bodies = [prepared(options.mode) for _ in range(options.messages or spare)]
     load = Load(options.target, bodies)
-    await load.connect()
+    await load.connect(options.connections)
     cpu = time.process_time()
     if options.rate:
         took = await load.open(options.seconds, options.rate)
@@ -267,5 +269,6 @@ if __name__ == "__main__":
     parser.add_argument("--concurrency", type=int, default=128)
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--mode", type=int, default=0)
+    parser.add_argument("--connections", type=int, default=CONNECTIONS)
     parser.add_argument("--acknowledged", type=Path)
     uvloop.run(main(parser.parse_args()))

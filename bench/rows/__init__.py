@@ -11,6 +11,7 @@ from bench.rows import (
     history,
     idle,
     latency,
+    scale,
     size,
     stream,
     watchers,
@@ -28,6 +29,7 @@ ROWS = {
     "claim": claim.run,
     "clear": clear.run,
     "attachment": attachment.run,
+    "scale": scale.run,
     "idle": idle.run,
     "size": size.run,
 }
