@@ -16,7 +16,7 @@ import asyncpg
 
 from bench.machine import PLACE
 from bench.memory import pss_mb, tree
-from mailgrpc.db.schema import migrate
+from mailgrpc.db.migrate import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
 

@@ -19,7 +19,7 @@ import pytest
 
 from mailgrpc.config import HostPort, Settings
 from mailgrpc.db.engine import Database
-from mailgrpc.db.schema import migrate
+from mailgrpc.db.migrate import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
 from tests.gateway import Gateway

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from mailgrpc.cli.process import load, told
-from mailgrpc.db.schema import migrate as migrate_database
+from mailgrpc.db.migrate import migrate as migrate_database
 from mailgrpc.errors import SettingsError
 
 

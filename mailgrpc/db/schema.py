@@ -1,8 +1,7 @@
-"""The version of the schema: bringing a database to it, and refusing any other.
+"""The version of the schema, and refusing any other.
 
-Migrations are Alembic's, in `migrations/versions`; the tables are described a second time in
-`tables.py` for queries, and a test holds the two together. Programs that only look whether the
-revision is theirs do not load Alembic, which takes 8 MB.
+Bringing a database to it is apart (migrate.py): what serves and works need not load Alembic, which
+takes 8 MB.
 """
 
 from __future__ import annotations
@@ -12,23 +11,7 @@ from pathlib import Path
 from mailgrpc.db.engine import Database
 from mailgrpc.errors import SchemaError
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
-
-
-def migrate(database_url: str, revision: str = "head") -> str:
-    """Bring the database to `revision` and return it. Blocking; for the command line.
-
-    Several at once are safe: they take an advisory lock. Raises SettingsError,
-    StoreUnavailable.
-    """
-    from alembic import command  # noqa: PLC0415
-    from alembic.config import Config  # noqa: PLC0415
-
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
-    config.attributes["database_url"] = database_url
-    command.upgrade(config, revision)
-    return wanted_revision()
+MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def wanted_revision() -> str:
@@ -38,7 +21,7 @@ def wanted_revision() -> str:
 
 def _revisions() -> list[str]:
     """All that this program knows, by the names of their files: NNNN_title.py."""
-    return sorted(p.name[:4] for p in (_MIGRATIONS / "versions").glob("[0-9][0-9][0-9][0-9]_*.py"))
+    return sorted(p.name[:4] for p in (MIGRATIONS / "versions").glob("[0-9][0-9][0-9][0-9]_*.py"))
 
 
 async def check_schema(database: Database) -> None:

@@ -19,7 +19,7 @@ from mailgrpc.core import ids
 from mailgrpc.core.delivery import Result, Role
 from mailgrpc.core.event import created_at_of
 from mailgrpc.db.engine import Database
-from mailgrpc.db.schema import migrate
+from mailgrpc.db.migrate import migrate
 from mailgrpc.errors import MailgrpcError
 from mailgrpc.providers.capture import Captured, CaptureProvider
 from mailgrpc.providers.provider import SendCall

@@ -26,7 +26,8 @@ from mailgrpc.db.messages import (
     read_contents,
     read_statuses,
 )
-from mailgrpc.db.schema import check_schema, migrate
+from mailgrpc.db.migrate import migrate
+from mailgrpc.db.schema import check_schema
 from tests.feed.writing import Sender
 
 DAY = timedelta(days=1)

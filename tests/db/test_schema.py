@@ -6,7 +6,6 @@ import asyncio
 import enum
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -22,7 +21,8 @@ from mailgrpc.core import delivery as domain
 from mailgrpc.db import schema
 from mailgrpc.db.connecting import SCHEMA
 from mailgrpc.db.engine import Database
-from mailgrpc.db.schema import check_schema, migrate, wanted_revision
+from mailgrpc.db.migrate import migrate
+from mailgrpc.db.schema import check_schema, wanted_revision
 from mailgrpc.db.tables import metadata
 from mailgrpc.errors import SchemaError
 from mailgrpc.v1 import delivery_pb2, errors_pb2, message_pb2
@@ -187,7 +187,7 @@ def test_a_second_migration_changes_nothing(database_url: str) -> None:
 
 def test_the_files_are_named_by_their_revisions() -> None:
     config = Config()
-    config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(schema.MIGRATIONS))
     scripts = ScriptDirectory.from_config(config)
     assert schema._revisions() == sorted(s.revision for s in scripts.walk_revisions())
     assert wanted_revision() == scripts.get_current_head()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mailgrpc.db.schema import migrate
+from mailgrpc.db.migrate import migrate
 from tests.failover.pair import ReplicatedPair
 
 

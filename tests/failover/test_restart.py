@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mailgrpc.db.engine import Database
-from mailgrpc.db.schema import migrate
+from mailgrpc.db.migrate import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from tests.failover.programs import Load, Watcher, installation
 from tests.failover.test_failover import sent

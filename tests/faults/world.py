@@ -21,7 +21,7 @@ from pathlib import Path
 import asyncpg
 from redis.asyncio import Redis
 
-from mailgrpc.db.schema import migrate
+from mailgrpc.db.migrate import migrate
 from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
 from tests.faults.entry import FULL
