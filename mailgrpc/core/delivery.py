@@ -272,6 +272,20 @@ def next_step(
     return Step(State.DEFERRED, possibly_sent, _not_past_expiry(delivery, now + wait), reason)
 
 
+def informed_step(step: Step, delivery: Delivery, *, another_was_accepted: bool) -> Step:
+    """What becomes of `next_step`'s step where another attempt is known to have been accepted.
+
+    That one was overtaken: its worker was taken for gone, and its result came after all. Nothing is
+    tried again, or called unknown, that is known to be sent. What Resend has forced was wanted in
+    spite of what came before. The database carries this out, which alone knows all attempts
+    (`record_outcomes`); the two are tested against each other.
+    """
+    is_open = step.state in (State.DEFERRED, State.OUTCOME_UNKNOWN)
+    if another_was_accepted and is_open and not delivery.forced:
+        return Step(State.SENT, step.possibly_sent, spares=step.spares)
+    return step
+
+
 def _spared_wait(result: Result, pause: timedelta) -> timedelta | None:
     """How long a delivery waits whose attempt says nothing about it; None where it says some."""
     if result.outcome is not Outcome.DEFERRED:
@@ -285,21 +299,33 @@ def _not_past_expiry(delivery: Delivery, due_at: datetime) -> datetime:
     return due_at if delivery.expire_at is None else min(due_at, delivery.expire_at)
 
 
-def late_step(delivery: Delivery, result: Result, *, others_may_have_left: bool) -> Step | None:
+def late_step(
+    delivery: Delivery,
+    result: Result,
+    *,
+    others_may_have_left: bool,
+    is_overtaken: bool = False,
+) -> Step | None:
     """What a result that came late means; None where it changes nothing but its attempt.
 
-    For an attempt that is the last one started, of a delivery that is no longer SENDING. Only
-    proof moves it, and only where the state rests on none: a pending retry is then dropped. Proof
-    that it was not sent takes the mark `possibly_sent` away, unless `others_may_have_left`: another
-    attempt ended UNKNOWN or was accepted. That it could have been tried again does not bring an ended delivery
-    back to life: its caller was told that this never happens by itself. The database carries this
-    out as it stores the result (`record_outcomes`); the two are tested against each other.
+    For an attempt of a delivery that is no longer SENDING. Only proof moves it, and only where the
+    state rests on none: a pending retry is then dropped. Of an attempt that `is_overtaken`, because
+    another was started after it, only its acceptance counts, and not against what Resend has forced
+    since. Proof that it was not sent takes the mark `possibly_sent` away, unless
+    `others_may_have_left`: another attempt ended UNKNOWN or was accepted. That it could have been
+    tried again does not bring an ended delivery back to life: its caller was told that this never
+    happens by itself. The database carries this out as it stores the result (`record_outcomes`);
+    the two are tested against each other.
     """
     state = LATE_PROOF.get(result.outcome)
     if state is None or delivery.state not in WITHOUT_PROOF:
         return None
     if result.outcome is Outcome.ACCEPTED:
+        if is_overtaken and delivery.forced:
+            return None
         return Step(state, delivery.possibly_sent)
+    if is_overtaken:
+        return None
     if result.outcome is Outcome.DEFERRED and (
         delivery.state is not State.OUTCOME_UNKNOWN or others_may_have_left
     ):

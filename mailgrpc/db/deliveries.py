@@ -39,41 +39,54 @@ class Claims:
     """A batch.
 
     Where it is empty, `next_due_in_s` says when something will be due, if anything is: by the clock
-    of PostgreSQL, which need not agree with ours.
+    of PostgreSQL, which need not agree with ours. `suspect` is a delivery with which workers have
+    died and that was passed over; the next claim is to name it.
     """
 
     claimed: list[Claimed]
     next_due_in_s: float | None
+    suspect: uuid.UUID | None = None
 
 
 async def claim_due(
-    db: Database, session_id: int, channel: str, limit: int, after_project: int
+    db: Database,
+    session_id: int,
+    channel: str,
+    limit: int,
+    after_project: int,
+    *,
+    turn: int = 0,
+    suspect: uuid.UUID | None = None,
 ) -> Claims:
-    """Lease up to `limit` due deliveries of a channel. Raises SessionEnded, StoreUnavailable."""
+    """Lease up to `limit` due deliveries of a channel, or `suspect` alone where it is still due.
+
+    Does nothing once a later turn of the session has begun on this channel (db/workers.py,
+    `begin_turn`). Raises SessionEnded, StoreUnavailable.
+    """
     rows = await db.write(
-        "SELECT * FROM claim_due($1, $2, $3, $4)", session_id, channel, limit, after_project
+        "SELECT * FROM claim_due($1, $2, $3, $4, $5, $6)",
+        session_id,
+        channel,
+        limit,
+        after_project,
+        turn,
+        suspect,
     )
-    claimed = [
-        Claimed(row["delivery_id"], row["project_id"], row["claims"])
-        for row in rows
-        if row["delivery_id"] is not None
-    ]
-    return Claims(claimed, None if claimed else rows[0]["next_due_in_s"])
+    claimed, passed_over = [], None
+    for row in rows:
+        if row["claims"] is not None:
+            claimed.append(Claimed(row["delivery_id"], row["project_id"], row["claims"]))
+        else:
+            passed_over = row["delivery_id"]
+    return Claims(claimed, None if claimed else rows[0]["next_due_in_s"], passed_over)
 
 
 async def release_claims(db: Database, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
     """Give claimed deliveries back, as if they had not been claimed. Raises StoreUnavailable.
 
-    None of them may be in a start that is under way.
+    What has been started meanwhile keeps its lease.
     """
-    await db.write(
-        """UPDATE due q SET session_id = NULL, claims = greatest(q.claims - 1, 0)
-           WHERE q.delivery_id = ANY ($2::uuid[]) AND q.session_id = $1
-           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id AND d.state = 2
-               AND d.id = ANY ($2::uuid[]))""",
-        session_id,
-        delivery_ids,
-    )
+    await db.write("SELECT release_claims($1, false, NULL, $2)", session_id, delivery_ids)
 
 
 async def drop_bereft(db: Database, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
@@ -111,9 +124,9 @@ class Started:
 
 
 async def start_deliveries(
-    db: Database, session_id: int, lane: int, starting: Sequence[Starting]
+    db: Database, session_id: int, lane: int, starting: Sequence[Starting], *, turn: int = 0
 ) -> list[Started]:
-    """Move claimed deliveries to SENDING, each with its new attempt; the commit is in.
+    """Move what was claimed in this turn to SENDING, each with its new attempt; the commit is in.
 
     What is not returned is not to be sent: it expired, is suppressed, or is not ours any more.
     After AmbiguousCommit nothing of it may be sent before the same call, with the same attempts,
@@ -122,12 +135,13 @@ async def start_deliveries(
     StoreUnavailable.
     """
     rows = await db.write(
-        "SELECT * FROM start_deliveries($1, $2, $3, $4, $5)",
+        "SELECT * FROM start_deliveries($1, $2, $3, $4, $5, $6)",
         session_id,
         lane,
         [s.delivery_id for s in starting],
         [s.attempt_id for s in starting],
         [s.call_id for s in starting],
+        turn,
     )
     return [started_of(row) for row in rows]
 
@@ -304,7 +318,7 @@ async def read_deliveries(
 class DuePage:
     """A page of `due`: what of it has expired unclaimed, and where the next one begins."""
 
-    expired: list[uuid.UUID]
+    expired: dict[uuid.UUID, datetime]  # and when
     last: uuid.UUID | None  # None: there is no further page
 
 
@@ -320,13 +334,13 @@ async def read_expired(db: Database, after: uuid.UUID, limit: int, grace_s: floa
         limit,
     )
     rows = await db.fetch(
-        """SELECT d.id FROM deliveries d WHERE d.id = ANY ($1::uuid[]) AND d.state IN (1, 3)
+        """SELECT d.id, d.expire_at FROM deliveries d WHERE d.id = ANY ($1::uuid[]) AND d.state IN (1, 3)
            AND d.expire_at < clock_timestamp() - make_interval(secs => $2)""",
         [row["delivery_id"] for row in page if row["session_id"] is None],
         grace_s,
     )
     last = page[-1]["delivery_id"] if len(page) == limit else None
-    return DuePage([row["id"] for row in rows], last)
+    return DuePage({row["id"]: row["expire_at"] for row in rows}, last)
 
 
 async def promote_scheduled(db: Database, limit: int = 2000) -> int:

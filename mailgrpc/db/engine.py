@@ -33,6 +33,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import socket
+import struct
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
@@ -283,7 +285,7 @@ class Database:
 
     def _silent(self, connection: Connection) -> None:
         """Nothing came back in time: this connection is lost, and so is what leads to the same."""
-        connection.terminate()
+        _cut(connection)
         self._pool.end_idle()
         self._connector.met_silence()
 
@@ -366,6 +368,20 @@ async def _committed(connection: Connection, call: Call[T]) -> T:
     return result
 
 
+def _cut(connection: Connection) -> None:
+    """End a connection that is in doubt, and what of it is still in the kernel's hands with it.
+
+    A closed socket goes on sending what it holds, for minutes: an insert that arrives after its
+    message was sent and cleared would send it once more.
+    """
+    transport = getattr(connection, "_transport", None)  # nothing public leads to it
+    held = transport.get_extra_info("socket") if transport is not None else None
+    if held is not None:
+        with contextlib.suppress(OSError):
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.terminate()
+
+
 async def _cancel_there(connection: Connection) -> None:
     """Give the driver a moment to ask the server to stop a statement that took too long.
 
@@ -387,5 +403,5 @@ def _given_up(connection: Connection, error: Exception, *, writes: bool) -> Stor
     if isinstance(error, _UNDONE):
         return StoreUnavailable(text)
     # A connection in doubt is not used again.
-    connection.terminate()
+    _cut(connection)
     return AmbiguousCommit(text) if writes else StoreUnavailable(text)

@@ -6,6 +6,7 @@ takes 8 MB.
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 from mailgrpc.db.engine import Database
@@ -22,6 +23,12 @@ def wanted_revision() -> str:
 def _revisions() -> list[str]:
     """All that this program knows, by the names of their files: NNNN_title.py."""
     return sorted(p.name[:4] for p in (MIGRATIONS / "versions").glob("[0-9][0-9][0-9][0-9]_*.py"))
+
+
+async def read_installation(database: Database) -> uuid.UUID:
+    """Which database this is, drawn when it was made; its standbys and its backups have the same."""
+    [row] = await database.fetch("SELECT id FROM installation")
+    return uuid.UUID(bytes=row["id"].bytes)
 
 
 async def check_schema(database: Database) -> None:

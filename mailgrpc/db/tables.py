@@ -76,4 +76,5 @@ workers = sa.Table(
     _column("lease_s", sa.Float),
     _column("held", sa.Text),
     _column("paused", ARRAY(sa.Text)),
+    _column("turns", JSONB),
 )

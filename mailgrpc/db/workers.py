@@ -61,6 +61,34 @@ async def beat(db: Database, session_id: int, held: str = "", paused: Sequence[s
     return bool(rows)
 
 
+async def begin_turn(
+    db: Database,
+    session_id: int,
+    channel: str,
+    turn: int,
+    held: str = "",
+    paused: Sequence[str] = (),
+) -> bool:
+    """Beat, and let no claim of an earlier turn on this channel take anything from now on.
+
+    For a worker that does not know what became of one: it may still be on its way, and would lease
+    rows that nobody knows of for as long as the session lives. Waits for those under way, as `beat`
+    does. False: the session has been ended.
+    """
+    rows = await db.write(
+        """UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp(), held = $2, paused = $3,
+               turns = turns || jsonb_build_object($4::text,
+                   greatest(coalesce((turns ->> $4)::integer, 0), $5::integer))
+           WHERE id = $1 AND ended_at IS NULL RETURNING id""",
+        session_id,
+        held,
+        list(paused),
+        channel,
+        turn,
+    )
+    return bool(rows)
+
+
 async def read_sessions(db: Database) -> list[SessionRow]:
     """The sessions that live, and those that ended with something left in `due`."""
     rows = await db.fetch("SELECT * FROM workers WHERE reaped_at IS NULL ORDER BY started_at, id")
@@ -127,26 +155,13 @@ async def end_session(db: Database, session_id: int, seen_beat: int | None = Non
 async def release_unstarted(
     db: Database, session_id: int, *, lost: bool, channel: str | None = None
 ) -> int:
-    """Give back what a session had claimed and not started. How many.
+    """Give back what a session had claimed and not started, on a channel or on all. How many.
 
-    None of it may be in a start that is under way: the session has ended, or its worker says so
-    for this channel. `lost` keeps each row's count of claims: their worker died with them.
-
-    A row whose delivery is gone is given back as well; the drain that claims it drops it. Reads
-    all of `due`, which has no index on sessions so that claims stay cheap; this is rare.
+    `lost` keeps each row's count of claims: their worker died with them. Reads all of `due`; this
+    is rare.
     """
-    rows = await db.write(
-        """UPDATE due q SET session_id = NULL,
-               claims = CASE WHEN $2 THEN q.claims ELSE greatest(q.claims - 1, 0) END
-           WHERE q.session_id = $1
-           AND NOT EXISTS (SELECT FROM deliveries d WHERE d.id = q.delivery_id AND d.state = 2)
-           AND ($3::text IS NULL OR q.channel = $3)
-           RETURNING q.delivery_id""",
-        session_id,
-        lost,
-        channel,
-    )
-    return len(rows)
+    [row] = await db.write("SELECT release_claims($1, $2, $3)", session_id, lost, channel)
+    return int(row["release_claims"])
 
 
 async def read_started(db: Database, session_id: int, limit: int = 500) -> list[Started]:

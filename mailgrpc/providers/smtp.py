@@ -136,15 +136,31 @@ class SmtpProvider:
         wire = await self.pool.take(deadline)
         try:
             try:
-                results = await _transact(wire, call, envelope, content, deadline)
+                results = await self._transact(wire, call, envelope, content, deadline)
             except Stale:
                 wire = await self.pool.connect(deadline)
-                results = await _transact(wire, call, envelope, content, deadline)
+                results = await self._transact(wire, call, envelope, content, deadline)
         except BaseException:
             wire.abort()
             raise
         self.pool.give_back(wire)
         return results
+
+    async def _transact(
+        self, wire: SmtpWire, call: SendCall, envelope: Envelope, content: bytes, deadline: float
+    ) -> list[Result]:
+        """The transaction, for those recipients to whom this server can carry this mail."""
+        refusals = _refusals(wire, call, len(content))
+        recipients = [r for r, no in zip(envelope.recipients, refusals, strict=True) if no is None]
+        if not recipients:
+            return [refusal for refusal in refusals if refusal is not None]
+        parameters = f" SIZE={len(content)}" if "size" in wire.extensions else ""
+        if needs_smtputf8(call.message) or not all(map(str.isascii, recipients)):
+            parameters += " BODY=8BITMIME SMTPUTF8"
+        envelope = Envelope(envelope.sender, recipients, parameters)
+        answer_s = self._attempt_timeout_s / 4
+        results = iter(await transact(wire, envelope, content, call.last_look, deadline, answer_s))
+        return [refusal or next(results) for refusal in refusals]
 
     async def probe(self) -> str:
         """Connect and log in, without a mail."""
@@ -170,22 +186,6 @@ def _envelope(call: SendCall) -> Envelope:
     if call.message.sender is None:
         raise ValueError("a mail needs a sender")
     return Envelope(call.message.sender.address, [a.recipient.address for a in call.addressees])
-
-
-async def _transact(
-    wire: SmtpWire, call: SendCall, envelope: Envelope, content: bytes, deadline: float
-) -> list[Result]:
-    """The transaction, for those recipients to whom this server can carry this mail."""
-    refusals = _refusals(wire, call, len(content))
-    recipients = [r for r, no in zip(envelope.recipients, refusals, strict=True) if no is None]
-    if not recipients:
-        return [refusal for refusal in refusals if refusal is not None]
-    parameters = f" SIZE={len(content)}" if "size" in wire.extensions else ""
-    if needs_smtputf8(call.message) or not all(map(str.isascii, recipients)):
-        parameters += " BODY=8BITMIME SMTPUTF8"
-    envelope = Envelope(envelope.sender, recipients, parameters)
-    results = iter(await transact(wire, envelope, content, call.last_look, deadline))
-    return [refusal or next(results) for refusal in refusals]
 
 
 def _refusals(wire: SmtpWire, call: SendCall, size: int) -> list[Result | None]:

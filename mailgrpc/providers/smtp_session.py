@@ -25,7 +25,8 @@ What can go wrong.
 - An idle connection was closed by the server, or its log-in has lapsed: seen at the answer to MAIL
   FROM, as Stale. Nothing was given yet, so the caller takes a fresh connection and begins again,
   once.
-- The time of the attempt is over when the dot would be due: it is not written any more.
+- The time of the attempt is over when the dot would be due: it is not written any more. Once it is
+  written, its answer has a time of its own.
 
 421 is about the channel as a whole on a fresh connection only, and only while nobody was refused
 here. Servers end connections that have served for long with it, and those of clients with too many
@@ -93,10 +94,12 @@ async def transact(
     content: bytes,
     last_look: Callable[[], bool],
     deadline: float,
+    answer_s: float,
 ) -> list[Result]:
     """Send one mail. One Result a recipient, in their order.
 
-    `content` ends in CRLF. `deadline` (a time of the loop) bounds the whole. Raises Stale alone.
+    `content` ends in CRLF. `deadline` (a time of the loop) bounds the whole, but for the answer to
+    the dot, which is awaited for `answer_s` at the least. Raises Stale alone.
     Afterwards the wire is either ready for the next mail or no longer usable.
     """
     verdicts: list[Result | None] = [None] * len(envelope.recipients)
@@ -104,7 +107,7 @@ async def transact(
     wire.mails += 1
     try:
         await _open(wire, envelope, verdicts, is_reused, deadline)
-        result = await _send_content(wire, content, last_look, deadline)
+        result = await _send_content(wire, content, last_look, deadline, answer_s)
     except _Ended as ended:
         result = ended.result
         if is_reused or any(verdicts):
@@ -195,7 +198,11 @@ async def _end(wire: SmtpWire, result: Result, deadline: float) -> None:
 
 
 async def _send_content(
-    wire: SmtpWire, content: bytes, last_look: Callable[[], bool], deadline: float
+    wire: SmtpWire,
+    content: bytes,
+    last_look: Callable[[], bool],
+    deadline: float,
+    answer_s: float,
 ) -> Result:
     """The content, the look, the dot, the answer. Raises _Ended and WireBroken before the dot."""
     failpoints.reach("smtp.content")
@@ -222,7 +229,8 @@ async def _send_content(
     wire.write(stuffed + b".\r\n", replies=0)
     failpoints.reach("smtp.dotted")
     try:
-        reply = await wire.reply(deadline)
+        # Whatever is left of the attempt: who leaves now is in doubt.
+        reply = await wire.reply(max(deadline, asyncio.get_running_loop().time() + answer_s))
     except WireBroken as broken:
         return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)
     failpoints.reach("smtp.answered")

@@ -120,6 +120,8 @@ async def call_provider(
         results = await provider.send(call)
         if len(results) != len(started):
             raise RuntimeError(f"{len(results)} results for {len(started)} deliveries")
+        if strange := [r for r in results if not isinstance(r, Result)]:
+            raise TypeError(f"a result is a {type(strange[0]).__name__}")
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is None or task.cancelling():

@@ -16,9 +16,11 @@ and from the clock: a claim that finds nothing answers when the next delivery wi
 
 When PostgreSQL breaks off. A claim whose answer was lost has leased rows that we do not know of,
 and so has a batch that failed between claim and start: before the next claim, everything of this
-channel that our session holds without a start is given back. A start whose answer was lost is run
-again with the same attempts until it answers, which then says what may be sent; nothing is sent
-before. Were it given up, its deliveries would stay in SENDING for as long as our session lives.
+channel that our session holds without a start is given back, and a new turn begins, in which
+nothing of the old one can come late (sessions.py). A start whose answer was lost is run again with
+the same attempts until it answers, which then says what may be sent; nothing is sent before. Were it
+given up, its deliveries would stay in SENDING for as long as our session lives; where PostgreSQL
+answers and will not have it, we give up the session.
 When PostgreSQL is back, and at the start, the session beats and what is not recorded yet is
 recorded before anything else.
 """
@@ -64,6 +66,7 @@ _IDLE_S = 60.0  # the sweeper rings long before
 _SOON_S = 0.005
 _RETRY_S = 0.5
 _RETRY_MAX_S = 30.0
+_REFUSALS = 20  # of a start in doubt, until its session is left to the reaper
 
 
 class Drain:
@@ -105,7 +108,9 @@ class Drain:
         )
         self._wake = asyncio.Event()
         self._after_project = 0
+        self._turn = 0  # sessions.py: counts what was given back because its fate was not known
         self._claims_astray = False
+        self._suspect: uuid.UUID | None = None  # passed over by the last claim
         self._ended_id: int | None = None  # a session that was told to have ended
         self._is_behind = True  # there may be results from before that are not recorded
         self._retry_s = _RETRY_S
@@ -152,7 +157,8 @@ class Drain:
                 await self._session.renew(self._ended_id)
                 self._ended_id, session_id = None, self._session.session_id
             if self._claims_astray:
-                await self._session.give_back(session_id, self.channel)
+                self._turn += 1
+                await self._session.give_back(session_id, self.channel, self._turn)
                 self._claims_astray = False
             if self._is_behind:
                 await self._recorder.flushed()
@@ -183,8 +189,15 @@ class Drain:
         self._check_heard(session_id)
         most = 1 if is_probe else CLAIM_DELIVERIES
         claims = await claim_due(
-            self._database, session_id, self.channel, most, self._after_project
+            self._database,
+            session_id,
+            self.channel,
+            most,
+            self._after_project,
+            turn=self._turn,
+            suspect=self._suspect,
         )
+        self._suspect = claims.suspect
         self._outage.over()
         failpoints.reach("drain.claimed")
         if not claims.claimed:
@@ -279,20 +292,34 @@ class Drain:
     async def _started(self, session_id: int, starting: Sequence[Starting]) -> list[Started]:
         """What did start. Once that is in doubt, asks until it is known."""
         in_doubt = False
+        refusals = 0
         while True:
             failpoints.reach("drain.start")
             try:
-                started = await start_deliveries(self._database, session_id, self._lane, starting)
+                started = await start_deliveries(
+                    self._database, session_id, self._lane, starting, turn=self._turn
+                )
                 if in_doubt:  # what is found done may not be on the standby yet
                     await self._database.confirm()
             except SessionEnded:
                 raise
-            except Exception as error:
+            except StoreUnavailable as error:
                 in_doubt = in_doubt or isinstance(error, AmbiguousCommit)
                 if not in_doubt or self._stopping:
                     raise
                 self._outage.met(error)
+            except Exception as error:
+                refusals += 1
+                if not in_doubt or self._stopping:
+                    raise
+                log.exception("a start on channel %s is refused", self.channel)
+                if refusals >= _REFUSALS:
+                    raise SessionEnded(
+                        "a start in doubt is refused; its session is given up"
+                    ) from error
             else:
+                # Its first try may still be on the way, and must not find these rows claimed anew.
+                self._claims_astray = self._claims_astray or in_doubt
                 return started
             await asyncio.sleep(_RETRY_S)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from datetime import datetime
 
 from mailgrpc.core.delivery import State, Step
 from mailgrpc.db.deliveries import Move, move_deliveries, read_deliveries, read_expired
@@ -52,14 +53,14 @@ class Expiry:
                 break
         return expired
 
-    async def _expire(self, delivery_ids: Sequence[uuid.UUID]) -> int:
-        if not delivery_ids:
+    async def _expire(self, expired: Mapping[uuid.UUID, datetime]) -> int:
+        if not expired:
             return 0
-        deliveries = await read_deliveries(self._database, delivery_ids)
+        deliveries = await read_deliveries(self._database, list(expired))
         moves = [
             Move(d, Step(State.EXPIRED, d.possibly_sent), expire_at=d.expire_at)
             for d in deliveries.values()
-            # Read anew. An expiry is never put off; a Resend lifts it altogether.
-            if d.state in (State.QUEUED, State.DEFERRED) and d.expire_at is not None
+            # Read anew: a Resend gives it another expiry.
+            if d.state in (State.QUEUED, State.DEFERRED) and d.expire_at == expired[d.delivery_id]
         ]
         return await move_deliveries(self._database, self._lane, "", moves) if moves else 0

@@ -27,6 +27,7 @@ What can go wrong.
   checksum: it is skipped, its attempt is the reaper's, and the file is set aside as `.damaged`
   with an error in the log, because a disk that lost what it had synced looks just the same.
 - A file that is not of this form, or of a later version: set aside likewise, never overwritten.
+  One of another installation, which has a database of its own: left where it is.
 - A write fails. The results stay in memory and are recorded from there; no start is made until
   a write succeeds again.
 """
@@ -45,7 +46,15 @@ from typing import ParamSpec, TypeVar
 
 from mailgrpc.db.deliveries import Recorded
 from mailgrpc.worker.journal_entry import pack
-from mailgrpc.worker.journal_file import DiskFile, Foreign, OpenFile, SlotFile, set_aside
+from mailgrpc.worker.journal_file import (
+    NOBODY,
+    DiskFile,
+    Foreign,
+    OfOthers,
+    OpenFile,
+    SlotFile,
+    set_aside,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,7 +78,8 @@ class Journal:
         self._open_file = open_file
         self._file: SlotFile | None = None
         self._adopted: list[SlotFile] = []
-        self._unreadable: set[Path] = set()
+        self._installation = NOBODY
+        self._told_of: set[tuple[Path, str]] = set()
         self._is_closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._unrecorded: set[uuid.UUID] = set()  # attempts whose results take up a slot
@@ -79,11 +89,13 @@ class Journal:
         self._writer: asyncio.Task[None] | None = None
         self.trouble = ""  # why nothing may be started; empty: all is well
 
-    async def open(self) -> list[Recorded]:
+    async def open(self, installation: uuid.UUID = NOBODY) -> list[Recorded]:
         """Take a file; the results that an earlier holder left in it, which are ours now.
 
+        Only of this `installation` (db/schema.py): to the database of another one they say nothing.
         Never raises: what is wrong is `trouble`, and tried again.
         """
+        self._installation = installation
         try:
             self._file, found = await self._in_thread(self._take_file)
         except OSError as error:
@@ -95,13 +107,16 @@ class Journal:
 
     def _take_file(self) -> tuple[SlotFile, list[Recorded]]:
         for path in self._others():
-            if (taken := self._take_over(path)) is not None:
-                return taken
+            with contextlib.suppress(OSError):  # it is tried again, with those that are adopted
+                if (taken := self._take_over(path)) is not None:
+                    return taken
         return self._create(), []
 
     def _create(self) -> SlotFile:
         """A new file of ours."""
-        return SlotFile.create(self._directory, SUFFIX, self._slots, self._open_file)
+        return SlotFile.create(
+            self._directory, SUFFIX, self._slots, self._open_file, self._installation
+        )
 
     def _others(self) -> list[Path]:
         held = {f.path for f in (self._file, *self._adopted) if f is not None}
@@ -110,8 +125,11 @@ class Journal:
     def _take_over(self, path: Path) -> tuple[SlotFile, list[Recorded]] | None:
         """A file that nobody holds, with what is live in it, in a whole one where it was damaged."""
         try:
-            file, found = SlotFile.take_over(path, self._open_file)
+            file, found = SlotFile.take_over(path, self._open_file, self._installation)
         except (BlockingIOError, FileNotFoundError):
+            return None
+        except OfOthers:
+            self._tell_once(path, logging.WARNING, "is of another installation, and left alone")
             return None
         except Foreign as error:
             log.error("the journal %s is set aside: %s", path, error)
@@ -119,11 +137,9 @@ class Journal:
             return None
         except OSError as error:
             # Of another account, or on a bad block: it must not hide those beside it.
-            if path not in self._unreadable:
-                log.error(
-                    "the journal %s cannot be read, its results are left there: %s", path, error
-                )
-            self._unreadable.add(path)
+            self._tell_once(
+                path, logging.ERROR, "cannot be read, its results are left there: %s", error
+            )
             return None
         if not file.damaged:
             return file, found
@@ -132,6 +148,12 @@ class Journal:
         except BaseException:
             file.close()  # with its lock: it is tried again
             raise
+
+    def _tell_once(self, path: Path, level: int, text: str, *args: object) -> None:
+        """It is met again every second."""
+        if (path, text) not in self._told_of:
+            log.log(level, "the journal %s " + text, path, *args)  # noqa: G003  it is a constant
+        self._told_of.add((path, text))
 
     def _made_whole(self, file: SlotFile, found: Sequence[Recorded]) -> SlotFile:
         """A new file with what could be read of a damaged one, which is set aside."""
@@ -156,14 +178,20 @@ class Journal:
     async def adopt(self) -> list[Recorded]:
         """What dead processes left in this directory, to be recorded; `recorded` is told as ever.
 
-        Their files go when all of it is. Raises OSError.
+        Their files go when all of it is. One that cannot be taken now is tried again, and does not
+        hide the others.
         """
         return await self._in_thread(self._adopt)
 
     def _adopt(self) -> list[Recorded]:
         found: list[Recorded] = []
         for path in [] if self._is_closed else self._others():
-            if (taken := self._take_over(path)) is not None:
+            try:
+                taken = self._take_over(path)
+            except OSError as error:
+                self._tell_once(path, logging.WARNING, "cannot be taken over now: %s", error)
+                continue
+            if taken is not None:
                 self._adopted.append(taken[0])
                 found += taken[1]
         for file in [f for f in self._adopted if not f.live]:

@@ -1,6 +1,6 @@
 """A journal's file: slots of a fixed size, each empty or a result with its length and checksum.
 
-    slot 0        magic, bytes a slot, number of slots
+    slot 0        magic, bytes a slot, number of slots, the installation whose results these are
     slot 1 …      length of the entry, CRC-32 of it, the entry (journal_entry.py)
 
 Fixed slots because results come to an end in any order: a log would have to be copied to free the
@@ -26,7 +26,7 @@ from mailgrpc.db.deliveries import Recorded
 from mailgrpc.worker.journal_entry import MOST_BYTES, unpack
 
 SLOT_BYTES = 2048
-_HEADER = struct.Struct("<8sII")  # magic, bytes a slot, slots
+_HEADER = struct.Struct("<8sII16s")  # magic, bytes a slot, slots, installation
 _MAGIC = b"MGJOURN1"
 _SLOT = struct.Struct("<II")  # all zero: free
 _SYNC = getattr(os, "fdatasync", os.fsync)  # not everywhere; fsync does more
@@ -89,8 +89,16 @@ class DiskFile:
 OpenFile = Callable[..., File]
 
 
+NOBODY = uuid.UUID(int=0)
+"""The installation of a file from before there were any."""
+
+
 class Foreign(Exception):
     """A file that this version did not write."""
+
+
+class OfOthers(Exception):
+    """A file of another installation, whose database knows nothing of ours."""
 
 
 class SlotFile:
@@ -105,7 +113,14 @@ class SlotFile:
         self._free = list(range(slots, 0, -1))
 
     @classmethod
-    def create(cls, directory: Path, suffix: str, slots: int, open_file: OpenFile) -> SlotFile:
+    def create(
+        cls,
+        directory: Path,
+        suffix: str,
+        slots: int,
+        open_file: OpenFile,
+        installation: uuid.UUID = NOBODY,
+    ) -> SlotFile:
         """A new file, all of it on the disk. Raises OSError; nothing is left then."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / f"{secrets.token_hex(8)}{suffix}"
@@ -114,7 +129,7 @@ class SlotFile:
         file = open_file(unready, create=True)
         try:
             file.write(bytes(SLOT_BYTES * (slots + 1)), 0)
-            file.write(_HEADER.pack(_MAGIC, SLOT_BYTES, slots), 0)
+            file.write(_HEADER.pack(_MAGIC, SLOT_BYTES, slots, installation.bytes), 0)
             file.sync()
             unready.rename(path)
             _sync_directory(directory)
@@ -127,17 +142,21 @@ class SlotFile:
         return cls(path, file, slots)
 
     @classmethod
-    def take_over(cls, path: Path, open_file: OpenFile) -> tuple[SlotFile, list[Recorded]]:
+    def take_over(
+        cls, path: Path, open_file: OpenFile, installation: uuid.UUID = NOBODY
+    ) -> tuple[SlotFile, list[Recorded]]:
         """A file that nobody holds, and what is live in it.
 
-        Raises BlockingIOError where somebody does, FileNotFoundError, Foreign, OSError.
+        Raises BlockingIOError where somebody does, FileNotFoundError, OfOthers, Foreign, OSError.
         """
         file = open_file(path)
         try:
             if not path.exists():  # its holder removed it between our two steps
                 raise FileNotFoundError(path)
             content = file.read()
-            slots = _slots_of(content)
+            slots, owner = _header_of(content)
+            if owner not in (NOBODY, installation):
+                raise OfOthers(path)
             taken = cls(path, file, slots)
             return taken, taken._read(content, slots)
         except BaseException:
@@ -223,16 +242,16 @@ def _runs(slots: Iterable[int]) -> list[list[int]]:
     return runs
 
 
-def _slots_of(content: bytes) -> int:
-    """How many slots a file has, by its header. Raises Foreign."""
+def _header_of(content: bytes) -> tuple[int, uuid.UUID]:
+    """How many slots a file has, and whose it is. Raises Foreign."""
     if len(content) < _HEADER.size:
         raise Foreign("it has no header")
-    magic, slot_bytes, slots = _HEADER.unpack_from(content)
+    magic, slot_bytes, slots, owner = _HEADER.unpack_from(content)
     if magic != _MAGIC or slot_bytes != SLOT_BYTES:
         raise Foreign("it is not a journal of this version")
     if len(content) < SLOT_BYTES * (slots + 1):
         raise Foreign("it is shorter than it says")
-    return int(slots)
+    return int(slots), uuid.UUID(bytes=owner)
 
 
 def set_aside(path: Path) -> None:

@@ -7,10 +7,12 @@ less often, while the others go on; `close` tells how many are left. A result al
 attempt; it changes the delivery when that attempt is running, or by the rule on late results:
 
     the attempt is the last one started, and the state rests on no proof    SENT or FAILED, by proof
-    a newer attempt has been started                                        the attempt alone
+    a newer attempt has been started                                        the attempt alone; but
+        what is then known to be accepted is SENT once no attempt runs, and not tried again
 
-Both happen in the one statement that stores the result (`record_outcomes`). `possibly_sent` needs
-nothing here: an attempt is overtaken only after the reaper has ended it as UNKNOWN, which set it.
+All of it happens in the one statement that stores the result (`record_outcomes`). `possibly_sent`
+needs nothing here: an attempt is overtaken only after the reaper has ended it as UNKNOWN, which set
+it.
 
 Each result is handed to the journal as well (journal.py), side by side with the recording, so that
 what a killed worker had in memory is found by the next one on this machine. `close` leaves there
@@ -77,7 +79,7 @@ class Recorder:
 
     def __len__(self) -> int:
         """Results that are not recorded yet."""
-        return len(self._waiting) + len(self._refused)
+        return self._taken - self._settled + len(self._refused)
 
     def put(self, results: Sequence[Recorded]) -> None:
         """Hand results in. Returns at once."""

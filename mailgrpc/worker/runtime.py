@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from mailgrpc.config import Settings
 from mailgrpc.db.deliveries import Recorded
 from mailgrpc.db.engine import Database
-from mailgrpc.db.schema import check_schema
+from mailgrpc.db.schema import check_schema, read_installation
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import SettingsError
 from mailgrpc.providers.provider import Provider
@@ -154,7 +154,10 @@ class Worker:
         for drain in self._drains:
             await drain.abandon()
         await self._recorder.close()
-        await self._session.stop(max(0.0, began_at + grace_s * _SESSION_SHARE - clock()))
+        await self._session.stop(
+            max(0.0, began_at + grace_s * _SESSION_SHARE - clock()),
+            at_once=not len(self._recorder),
+        )
         await self._journal.close()
         await asyncio.gather(
             *(provider.close() for provider in self._channels.values()),
@@ -181,7 +184,7 @@ class Worker:
 
     async def _begin(self) -> None:
         await check_schema(self._database)
-        left = await self._journal.open()
+        left = await self._journal.open(await read_installation(self._database))
         await self._session.start()
         self._take_over(left)
 

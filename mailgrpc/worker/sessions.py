@@ -19,6 +19,12 @@ ending waits for them. One that has not been heard in time starts nothing either
 though its row may stand: what it started would be refused by the last look. What it had on the
 wire is still recorded, by the rule on late results.
 
+What comes late. A network may deliver a statement after its worker gave it up, on a connection that
+is long replaced. An ending would refuse it; a session that lives would not, and what such a claim
+leases nobody knows of. So the claims of a channel are counted in turns: a worker in doubt begins a
+new one before it gives everything back, and what belongs to an older one then does nothing
+(`claim_due` and `start_deliveries` in the database).
+
 The last look. Between a worker's last beat and the moment a reaper may act lies the lease. A send
 begins its last, irrevocable write only while the worker's own clock says that this time is not
 over (CLOCK_BOOTTIME where there is one: it goes on while the machine sleeps). The look counts from
@@ -29,7 +35,6 @@ started the attempt: a new one must not speak for what an old one has lost.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +43,7 @@ from mailgrpc import failpoints
 from mailgrpc.db.engine import Database, SessionEnded
 from mailgrpc.db.workers import (
     beat,
+    begin_turn,
     end_session,
     mark_reaped,
     open_session,
@@ -113,14 +119,16 @@ class Session:
                 log.warning("worker session %d was ended; taking a new one", ended_id)
                 await self._open()
 
-    async def give_back(self, session_id: int, channel: str | None = None) -> None:
-        """Release what this session holds of a channel (None: of all) and has not started.
+    async def give_back(self, session_id: int, channel: str, turn: int) -> None:
+        """Release what this session holds of a channel and has not started, and begin a new turn.
 
-        The caller starts nothing of it meanwhile. The beat waits for claims whose answer was
-        lost, so that they are seen. Raises SessionEnded, StoreUnavailable.
+        Claims whose answer was lost are waited for, so that they are seen, and those that did not
+        come to PostgreSQL yet will take nothing. Raises SessionEnded, StoreUnavailable.
         """
-        if not await self._beat(self._database, session_id):
+        asked_at = self._clock()
+        if not await begin_turn(self._database, session_id, channel, turn, *self._state()):
             raise SessionEnded(f"worker session {session_id} has ended")
+        self._heard(session_id, asked_at)
         await release_unstarted(self._database, session_id, lost=False, channel=channel)
 
     def may_send(self, session_id: int) -> bool:
@@ -128,20 +136,24 @@ class Session:
         until = self._beaten_at + self._lease_s * (1 - _MARGIN)
         return session_id == self._id and self._clock() < until
 
-    async def stop(self, within_s: float = _CLOSE_S) -> None:
-        """End the session. What is still SENDING in it is left to the reaper of another worker."""
+    async def stop(self, within_s: float = _CLOSE_S, *, at_once: bool = True) -> None:
+        """End the session. What is still SENDING in it is left to the reaper of another worker.
+
+        Not `at_once`: what was not started is given back, and the rest has until the end of the
+        lease, as it would after a kill. For a worker that leaves results in its journal: whoever
+        takes that over must not come after the reaper.
+        """
         session_id, self._id = self._id, 0
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         try:
             async with asyncio.timeout(within_s):
-                with contextlib.suppress(SessionEnded):
-                    await self.give_back(session_id)
-                await end_session(self._database, session_id)
-                # Once more: a claim that was under way came to its end before the session did.
+                if at_once:  # which waits for claims and starts under way, and none follows
+                    await end_session(self._database, session_id)
                 await release_unstarted(self._database, session_id, lost=False)
-                await mark_reaped(self._database, session_id)
+                if at_once:
+                    await mark_reaped(self._database, session_id)
         except (StoreUnavailable, TimeoutError) as error:
             log.warning("the session could not be closed, it will be reaped: %s", error)
 
@@ -156,9 +168,12 @@ class Session:
         asked_at = self._clock()
         if not await beat(database, session_id, *self._state()):
             return False
+        self._heard(session_id, asked_at)
+        return True
+
+    def _heard(self, session_id: int, asked_at: float) -> None:
         if session_id == self._id:
             self._beaten_at = max(self._beaten_at, asked_at)
-        return True
 
     async def _keep_alive(self) -> None:
         every_s = self._lease_s / BEATS_A_LEASE

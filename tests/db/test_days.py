@@ -17,7 +17,7 @@ from mailgrpc.core.ids import delivery_id, new_message_id
 from mailgrpc.core.message import Attachment, Mailbox, MailMessage, Recipient, Submission
 from mailgrpc.core.shape import checked_submission
 from mailgrpc.db.days import AHEAD, RANGES, make_days, width_of
-from mailgrpc.db.deliveries import claim_due, read_deliveries
+from mailgrpc.db.deliveries import Started, claim_due, read_deliveries, started_of
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import (
     NewMessage,
@@ -59,9 +59,26 @@ def ids_of(new: Sequence[NewMessage]) -> list[uuid.UUID]:
     return [delivery_id(m.message_id, 1) for m in new]
 
 
-async def send(db: Database, new: Sequence[NewMessage]) -> None:
+class SenderBefore(Sender):
+    """Of schema 0002."""
+
+    async def start(self, limit: int = 500) -> list[Started]:
+        claimed = await self._db.write(
+            "SELECT * FROM claim_due($1, 'default', $2, 0)", self._session_id, limit
+        )
+        ids = [row["delivery_id"] for row in claimed]
+        rows = await self._db.write(
+            "SELECT * FROM start_deliveries($1, 0, $2::uuid[], $3::uuid[], $3::uuid[])",
+            self._session_id,
+            ids,
+            [uuid.uuid4() for _ in ids],
+        )
+        return [started_of(row) for row in rows]
+
+
+async def send(db: Database, new: Sequence[NewMessage], sender_of: type[Sender] = Sender) -> None:
     """All that is due is sent; these are among it."""
-    sender = await Sender.open(db)
+    sender = await sender_of.open(db)
     started = await sender.start()
     assert {s.delivery.delivery_id for s in started} >= set(ids_of(new))
     await sender.record(started)
@@ -85,7 +102,7 @@ async def test_what_is_stored_stays_through_the_migration(empty_database_url: st
     now = datetime.now(UTC)
     waiting, sent, ahead = (made_at(m) for m in (now, now - 40 * DAY, now + 40 * DAY))
     await insert_messages(db, 0, [sent, ahead])
-    await send(db, [sent, ahead])
+    await send(db, [sent, ahead], SenderBefore)
     await insert_messages(db, 0, [waiting])
     was = await read_statuses(db, 1, [m.message_id for m in (waiting, sent, ahead)])
     files = {table: await db.fetch(f"SELECT pg_relation_filenode('{table}')") for table in TABLES}
@@ -111,7 +128,7 @@ async def test_connections_from_before_the_migration_go_on(empty_database_url: s
     db = Database(empty_database_url, pool_size=1)
     for _ in range(8):
         await insert_messages(db, 0, [message := made_at(datetime.now(UTC))])
-        await send(db, [message])
+        await send(db, [message], SenderBefore)
     await asyncio.to_thread(migrate, empty_database_url)
     await insert_messages(db, 0, [message := made_at(datetime.now(UTC))])
     await send(db, [message])
@@ -224,7 +241,7 @@ async def test_the_hot_functions_read_only_the_rows_and_the_ranges_they_are_abou
         WHERE relname ~ '^(messages|deliveries|attempts|attachments)_' AND seq_scan + idx_scan > 0"""
     async with connection.transaction():
         started = await connection.fetch(
-            "SELECT * FROM start_deliveries($1, 0, $2::uuid[], $2::uuid[], $2::uuid[])",
+            "SELECT * FROM start_deliveries($1, 0, $2::uuid[], $2::uuid[], $2::uuid[], 0)",
             session,
             ids,
         )

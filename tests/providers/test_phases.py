@@ -22,6 +22,7 @@ from mailgrpc.core.message import MailMessage
 from mailgrpc.providers import smtp_session
 from mailgrpc.providers.smtp import SmtpProvider
 from mailgrpc.providers.smtp_pool import SmtpServer
+from mailgrpc.providers.smtp_replies import Reply
 
 from .calls import call_of, call_to, message
 from .phases import ANN, BOB, LONG_S, SHORT_S, big, cancel_when_silent, listener, send, told
@@ -298,3 +299,29 @@ async def test_smtp_cancelled_in_any_phase_drops_its_connection(
         peer.script.clear()
         peer.early = ""
         assert await send(provider, call_to(ANN)) == "ACCEPTED UNSPECIFIED"
+
+
+class _OpenWire:
+    """One on which a transaction has come to its content; says until when an answer is awaited."""
+
+    has_reply = False
+    until = 0.0
+
+    def write(self, data: bytes, replies: int = 1) -> None:
+        pass
+
+    def raise_if_broken(self) -> None:
+        pass
+
+    async def reply(self, deadline: float) -> Reply:
+        self.until = deadline
+        return Reply(250, "taken")
+
+
+@pytest.mark.parametrize("left_s", [5.0, 500.0])
+async def test_smtp_gives_the_answer_to_the_dot_a_time_of_its_own(left_s: float) -> None:
+    """However much of the attempt the content took: to leave at once would be to be in doubt."""
+    wire = _OpenWire()
+    deadline = asyncio.get_running_loop().time() + left_s
+    await smtp_session._send_content(wire, b"x\r\n", lambda: True, deadline, 100.0)  # type: ignore[arg-type]
+    assert wire.until >= deadline + 95.0 if left_s == 5.0 else wire.until == deadline

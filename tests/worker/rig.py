@@ -26,6 +26,7 @@ from mailgrpc.core.message import (
 from mailgrpc.db.deliveries import read_deliveries
 from mailgrpc.db.engine import AmbiguousCommit, Database
 from mailgrpc.db.messages import NewMessage, insert_messages, read_attempts
+from mailgrpc.db.schema import read_installation
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
 from mailgrpc.providers.capture import CaptureProvider
@@ -137,6 +138,7 @@ class Part:
         journal: Journal | None = None,
     ) -> None:
         outage = Outage()
+        self.database = db
         self._directory = tempfile.TemporaryDirectory()
         self.journal = journal or Journal(Path(self._directory.name), slots=256)
         doorbell = Doorbell(None)
@@ -158,7 +160,8 @@ class Part:
         self.reaper = Reaper(db, lane=0, clock=clock)
 
     async def __aenter__(self) -> Part:
-        self.recorder.take_over(await self.journal.open())
+        installation = await read_installation(self.database)
+        self.recorder.take_over(await self.journal.open(installation))
         await self.session.start()
         return self
 

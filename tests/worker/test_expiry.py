@@ -7,14 +7,15 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from mailgrpc.core.delivery import Mode, State
-from mailgrpc.db.deliveries import claim_due
+from mailgrpc.core.delivery import Mode, State, resend_step
+from mailgrpc.core.ids import delivery_id
+from mailgrpc.db.deliveries import Move, claim_due, move_deliveries, read_deliveries
 from mailgrpc.db.engine import Database
 from mailgrpc.db.workers import open_session
 from mailgrpc.worker import expiry
 from mailgrpc.worker.expiry import WALK_EVERY_S, Expiry
 from mailgrpc.worker.sweep import Reaper, Sweeper
-from tests.worker.rig import Clock, Store
+from tests.worker.rig import Clock, Part, Store
 
 
 async def _nothing() -> None:
@@ -100,3 +101,21 @@ async def test_a_walk_is_bounded_and_the_next_goes_on_where_it_stopped(
     clock.now += WALK_EVERY_S
     assert await walker.walk() == 1  # from the beginning again
     assert [await store.state(m) for m in messages[1:3]] == [State.QUEUED] * 2
+
+
+async def test_the_expiry_walk_lets_stand_what_resend_queued_meanwhile(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    past = datetime.now(UTC) - timedelta(minutes=5)
+    message = await store.put(expire_at=past)
+    wanted = delivery_id(message, 1)
+    walk = Expiry(db, lane=0)
+    # The walk has read its page: the delivery is QUEUED and over. Before it reads it anew,
+    async with Part(db, clock) as part:
+        await part.work()  # a start expires it,
+        assert await store.state(message) is State.EXPIRED
+    delivery = (await read_deliveries(db, [wanted]))[wanted]
+    step, forced, expire_at = resend_step(delivery, datetime.now(UTC))  # and somebody resends it.
+    assert await move_deliveries(db, 0, "me", [Move(delivery, step, forced, expire_at)]) == 1
+    await walk._expire({wanted: past})
+    assert await store.state(message) is State.QUEUED

@@ -8,7 +8,8 @@ import logging
 import pytest
 
 from mailgrpc.core.delivery import Cause, Mode, Outcome, Result, State
-from mailgrpc.core.message import RetryWishes
+from mailgrpc.core.ids import delivery_id
+from mailgrpc.core.message import Priority, RetryWishes
 from mailgrpc.db.deliveries import claim_due
 from mailgrpc.db.engine import Database
 from mailgrpc.db.workers import end_session, open_session, release_unstarted
@@ -338,3 +339,30 @@ async def test_what_worker_after_worker_died_with_is_given_up(
     assert delivery.last_result is not None
     assert delivery.last_result.cause is Cause.WORKER_LOST
     assert await store.state(other) is State.SENT
+
+
+async def test_a_suspect_is_claimed_though_mail_of_higher_priority_keeps_coming(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    low = await store.put("low@example.com", priority=Priority.NORMAL)
+    peer = await store.put("peer@example.com", priority=Priority.NORMAL)
+    await db.write("UPDATE due SET claims = 2 WHERE delivery_id = $1", delivery_id(low, 1))
+    async with Part(db, clock) as part:
+        for n in range(3):
+            await store.put(f"high{n}@example.com", priority=Priority.HIGH)
+            await part.drain.drain_once()
+        await part.recorded()
+        assert await store.state(peer) is State.SENT
+        assert await store.state(low) is State.SENT
+        assert part.outbox.index("low@example.com") == 2  # alone, by the second claim
+
+
+async def test_a_result_that_is_none_leaves_nothing_in_sending(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    message = await store.put()
+    async with Part(db, clock, Gate(lambda call: [None])) as part:  # type: ignore[list-item]
+        part.provider.open()  # type: ignore[attr-defined]
+        await part.drain.drain_once()
+        await part.recorded()
+        assert await store.state(message) is not State.SENDING

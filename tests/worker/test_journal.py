@@ -351,3 +351,54 @@ def test_bytes_that_are_no_entry_are_refused(entry: bytes) -> None:
 
 def test_a_slot_holds_its_head_and_the_largest_entry() -> None:
     assert struct.calcsize("<II") + MOST_BYTES == SLOT_BYTES
+
+
+async def test_a_damaged_journal_on_a_full_disk_does_not_hide_the_one_before_it(
+    tmp_path: Path,
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    good, bad = a_result("good"), a_result("bad")
+    await written(elsewhere, good)
+    journals(elsewhere)[0].rename(tmp_path / "1.journal")
+    await written(elsewhere, bad)
+    damaged = journals(elsewhere)[0].rename(tmp_path / "2.journal")
+    with damaged.open("r+b") as file:  # the machine went down in the midst of a write
+        file.seek(SLOT_BYTES + 100)
+        file.write(b"\xff" * 64)
+    is_full = False
+
+    def on_this_disk(path: Path, *, create: bool = False) -> DiskFile:
+        if create and is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return DiskFile(path, create=create)
+
+    async with opened(tmp_path / "x", open_file=on_this_disk) as (journal, _):
+        journal._directory = tmp_path  # its own file was made before the disk filled up
+        is_full = True
+        found: list[Recorded] = []
+        for _ in range(3):
+            with contextlib.suppress(OSError):
+                found += await journal.adopt()
+        is_full = False  # and even when there is space again
+        for _ in range(3):
+            with contextlib.suppress(OSError):
+                found += await journal.adopt()
+        assert good.attempt_id in {r.attempt_id for r in found}
+
+
+async def test_the_file_of_another_installation_is_left_alone(tmp_path: Path) -> None:
+    one = a_result()
+    ours, theirs = uuid.uuid4(), uuid.uuid4()
+    journal = Journal(tmp_path, slots=8)
+    await journal.open(theirs)
+    journal.append([one])
+    await journal.synced()
+    await until(lambda: journal._writer is not None and journal._writer.done())
+    await killed(journal)
+    stranger = Journal(tmp_path, slots=8)
+    assert await stranger.open(ours) == []
+    assert await stranger.adopt() == []
+    await stranger.close()
+    again = Journal(tmp_path, slots=8)
+    assert await again.open(theirs) == [one]
+    await again.close()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mailgrpc.config import Settings
 from mailgrpc.core.delivery import Mode, State
 from mailgrpc.db.engine import Database
 from mailgrpc.errors import StoreUnavailable
+from mailgrpc.providers.capture import CaptureProvider
 from mailgrpc.worker.journal import Journal
+from mailgrpc.worker.runtime import Worker
 from tests.gateway import until
 from tests.worker.rig import Clock, Gate, LossyDatabase, Part, Store, outlive_lease
 
@@ -133,3 +138,58 @@ async def test_with_a_journal_that_cannot_be_written_nothing_is_claimed(
         assert part.outbox == []
         assert await store.state(message) is State.QUEUED
         assert await store.value("SELECT count(*) FROM due WHERE session_id IS NOT NULL") == 0
+
+
+async def test_what_another_installation_wrote_is_left_to_it(
+    lossy: LossyDatabase, store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    """Two gateways of one account, each with a database of its own, and the same directory."""
+    message = await store.put()
+    provider = Gate()
+    killed = Part(lossy, clock, provider, journal=Journal(tmp_path, slots=8))
+    await killed.__aenter__()
+    await _sent_and_unrecorded(killed, lossy, provider, 1)
+    await _kill(killed)
+    lossy.away = False
+
+    ours = await store.value("SELECT id FROM installation")
+    await store.db.write("UPDATE installation SET id = gen_random_uuid()")
+    async with Part(lossy, clock, journal=Journal(tmp_path, slots=8)) as stranger:
+        assert await stranger.journal.adopt() == []
+        await stranger.recorder.drain()
+    assert await store.state(message) is State.SENDING
+    await store.db.write("UPDATE installation SET id = $1", ours)
+    async with Part(lossy, clock, journal=Journal(tmp_path, slots=8)) as again:
+        await again.recorder.drain()
+    assert await store.state(message) is State.SENT
+
+
+async def test_a_stop_gives_its_journal_the_time_that_a_kill_gives(
+    settings: Settings, lossy: LossyDatabase, store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    """What was accepted and could not be recorded before the stop is not called unknown at once."""
+    message = await store.put(mode=Mode.SEND_ONCE)
+    real = lossy.write
+
+    async def slow_recording(sql: str, *args: Any) -> Any:
+        if "record_outcomes" in sql:
+            await asyncio.sleep(3600)  # a lock, a slow disk
+        return await real(sql, *args)
+
+    lossy.write = slow_recording  # type: ignore[method-assign]
+    lossy.with_patience = lambda _: lossy  # type: ignore[method-assign]
+    settings = replace(settings, journal_dir=tmp_path)
+    capture = CaptureProvider()
+    worker = Worker(settings, lossy, channels={"default": capture})
+    await worker.start()
+    await until(lambda: len(capture.outbox) == 1)
+    await worker.stop(0.5)
+    # Another machine's worker looks.
+    async with Part(store.db, clock) as other:
+        await other.reaper.reap()
+        assert await store.state(message) is State.SENDING
+    # And the process is back, with its journal.
+    lossy.write = real  # type: ignore[method-assign]
+    async with Part(lossy, clock, journal=Journal(tmp_path)) as again:
+        await again.recorder.drain()
+        assert await store.state(message) is State.SENT

@@ -207,12 +207,12 @@ async def test_with_a_newer_attempt_only_the_older_ones_record_changes(
     assert delivery.possibly_sent
     assert await _outcome(store, message, 1) is Outcome.ACCEPTED
 
-    await _record(db, second, DEFERRED)
+    await _record(db, second, REJECTED)
     await _record(db, first, ACCEPTED)  # once more, the newer attempt being over
     delivery = await store.delivery(message)
-    assert delivery.state is State.DEFERRED
+    assert delivery.state is State.FAILED
     assert delivery.possibly_sent
-    assert await _outcome(store, message, 2) is Outcome.DEFERRED
+    assert await _outcome(store, message, 2) is Outcome.REJECTED
 
 
 @pytest.mark.parametrize(("first", "second"), [(ACCEPTED, REJECTED), (REJECTED, ACCEPTED)])
@@ -285,3 +285,52 @@ async def test_a_result_for_what_was_cleared_meanwhile_leaves_nothing(
     await db.write("DELETE FROM due")
     await _record(db, started, ACCEPTED)
     assert await store.value("SELECT count(*) FROM attempts") == 0
+
+
+@pytest.mark.parametrize("result", [DEFERRED, LOST])
+@pytest.mark.parametrize("told", ["while the second runs", "after the second"])
+async def test_what_an_earlier_attempt_is_known_to_have_delivered_is_not_tried_again(
+    db: Database, store: Store, told: str, result: Result
+) -> None:
+    message = await store.put(mode=Mode.RETRYING)
+    first = await _start(db, message)
+    await _record(db, first, LOST)
+    await store.make_due()
+    second = await _start(db, message)
+    if told == "while the second runs":
+        await _record(db, first, ACCEPTED)
+        await _record(db, second, result)
+    else:
+        await _record(db, second, result)
+        await _record(db, first, ACCEPTED)
+    delivery = await store.delivery(message)
+    assert (delivery.state, delivery.attempt_count) == (State.SENT, 2)
+    assert delivery.possibly_sent
+    assert await store.due_rows() == 0
+
+
+@pytest.mark.parametrize("told", ["while it runs", "after it", "before it"])
+async def test_what_resend_has_forced_is_sent_in_spite_of_what_came_before(
+    db: Database, store: Store, told: str
+) -> None:
+    message = await store.put(mode=Mode.RETRYING, retry=RetryWishes(max_attempts=1))
+    first = await _start(db, message)
+    await _record(db, first, LOST)
+    await store.make_due()
+    spared = await _start(db, message)
+    await _record(db, spared, LOST)
+    await db.write("UPDATE deliveries SET state = 1, forced = true, due_at = now()")
+    await store.make_due()
+    if told == "before it":
+        await _record(db, first, ACCEPTED)
+        assert await store.state(message) is State.QUEUED
+        return
+    forced = await _start(db, message)
+    if told == "while it runs":
+        await _record(db, first, ACCEPTED)
+        await _record(db, forced, LOST)
+        assert await store.state(message) is State.OUTCOME_UNKNOWN
+    else:
+        await _record(db, forced, LOST)
+        await _record(db, first, ACCEPTED)  # it is over, and what is known is told
+        assert await store.state(message) is State.SENT

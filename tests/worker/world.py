@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from mailgrpc.core.delivery import MOVES, Delivery, Mode, Outcome, Result, State, Step, late_step
+from mailgrpc.core.delivery import (
+    MOVES,
+    Delivery,
+    Mode,
+    Outcome,
+    Result,
+    State,
+    Step,
+    informed_step,
+    late_step,
+)
 from mailgrpc.core.retry import RetryPolicy
 from mailgrpc.db.deliveries import Recorded, Started
 from mailgrpc.db.engine import Connection, Database
@@ -211,15 +221,21 @@ class World:
         is_news = attempt.known in (None, Outcome.UNKNOWN)
         step: Step | None = None
         if self.is_running(attempt):
-            step = running
+            known = any(t.known is Outcome.ACCEPTED for t in mail.tries)
+            step = informed_step(running, self.row(mail).delivery, another_was_accepted=known)
             mail.spared += step.spares
-        elif is_news and mail.tries[-1] is attempt:
+        elif is_news:
             others = any(
                 t.known in (Outcome.ACCEPTED, Outcome.UNKNOWN)
                 for t in mail.tries
                 if t is not attempt
             )
-            step = late_step(self.row(mail).delivery, result, others_may_have_left=others)
+            step = late_step(
+                self.row(mail).delivery,
+                result,
+                others_may_have_left=others,
+                is_overtaken=mail.tries[-1] is not attempt,
+            )
         if step is not None:
             self.expect(mail.delivery_id, step.state, step.possibly_sent)
             mail.is_sent = step.state is State.SENT
