@@ -30,7 +30,7 @@ _RING_WAIT_S = 10.0
 _WIRE_SHARE = 0.7  # of the grace time, for what is on the wire
 _SESSION_SHARE = 0.8  # until then the session is over; the rest is for connections that are silent
 _BEATS_CLOSE_S = 0.4  # nobody waits for a beat any more
-_PATIENCE_S = 10.0
+PATIENCE_S = 10.0
 """For a statement of the hot path: none of them takes a tenth of it, and a lease is not much more."""
 
 
@@ -62,7 +62,7 @@ class Worker:
         lane = secrets.randbelow(settings.feed_lanes)
         name = f"{os.uname().nodename}:{os.getpid()}"
         outage = Outage()
-        swift = database.with_patience(_PATIENCE_S)
+        swift = database.with_patience(PATIENCE_S)
         self._journal = Journal(settings.journal_dir or settings.data_dir / "journal")
         # The beat must not wait behind claims, nor a silent connection pass for a whole lease.
         self._beats = Database(settings.database_url, pool_size=1)

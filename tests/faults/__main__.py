@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", action="append", default=[], help="this fault, by its name")
     parser.add_argument("--out", type=Path, help="the result as JSON")
     parser.add_argument("--logs", type=Path, help="a directory for what all programs logged")
     options = parser.parse_args()
@@ -28,7 +29,12 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.monotonic() - begun_at:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    plan = Plan(seed=options.seed, seconds=options.minutes * 60, logs=options.logs)
+    plan = Plan(
+        seed=options.seed,
+        seconds=options.minutes * 60,
+        logs=options.logs,
+        faults=tuple(options.only),
+    )
     verdict = asyncio.run(run(plan, say))
     numbers = totals(verdict)
     print(table(verdict))

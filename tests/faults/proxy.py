@@ -6,6 +6,8 @@
 `reset`      every connection is broken now, and new ones after RESET_AFTER bytes
 `deaf`       what is asked goes through, the answers are swallowed: the other end has done its work
 `gone`       connections are refused
+`late`       what is asked is held back, and comes LATE_S after the mood has ended, whoever asked it
+             having gone meanwhile; answers go through
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
-MOODS = ("pass", "silent", "slow", "reset", "deaf", "gone")
+MOODS = ("pass", "silent", "slow", "reset", "deaf", "gone", "late")
 RESET_AFTER = 200
+LATE_S = 1.0
 _SLOW_S = 0.1
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -35,6 +38,7 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._mood = "pass"
+        self._arrival = asyncio.Event()  # of what is held back
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -55,6 +59,9 @@ class Proxy:
     async def set(self, mood: str) -> None:
         """From now on; connections that a silence has met are broken when it ends."""
         spoilt = self._mood in ("silent", "deaf")
+        if self._mood == "late" != mood:
+            held, self._arrival = self._arrival, asyncio.Event()
+            asyncio.get_running_loop().call_later(LATE_S, held.set)
         self._mood = mood
         if mood in ("reset", "gone") or spoilt:
             for writer in list(self._writers):
@@ -99,6 +106,8 @@ class Proxy:
             while data := await reader.read(65536):
                 if self._mood == "silent" or (self._mood == "deaf" and is_answer):
                     continue
+                if self._mood == "late" and not is_answer:
+                    await self._arrival.wait()
                 if self._mood == "slow":
                     await asyncio.sleep(_SLOW_S)
                 passed += len(data)

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from mailgrpc.failpoints import FAILPOINTS
+from mailgrpc.worker.runtime import PATIENCE_S
 from tests.faults.checker import Fault
+from tests.faults.proxy import LATE_S
 from tests.faults.world import ENDS_WITHIN_S, LEASE_S, Program, World
 
 _OF_SERVERS = ("intake.", "feed.", "watch.")
@@ -75,7 +77,7 @@ class Storm:
             "disk of the journal full": (2, self._disk_full),
             **self._lines("SMTP", silent=2, slow=1, reset=2, deaf=2, gone=2),
             **self._lines("HTTP", silent=1, slow=1, reset=1, deaf=1, gone=1),
-            **self._lines("PostgreSQL", silent=1, slow=1, reset=1, deaf=1, gone=1),
+            **self._lines("PostgreSQL", silent=1, slow=1, reset=1, deaf=1, gone=1, late=1),
         }
 
     def _lines(self, line: str, **weights: int) -> dict[str, tuple[int, Callable[[], Any]]]:
@@ -250,8 +252,12 @@ class Storm:
     async def _line(self, line: str, mood: str) -> int:
         await self._world.lines[line].set(mood)
         longest_s = 1.5 * LEASE_S if line == "PostgreSQL" else 3
+        if mood == "late":
+            longest_s = 1.5 * PATIENCE_S  # so that what is held back has been given up
         await asyncio.sleep(self._rng.uniform(0.5, longest_s))
         await self._world.lines[line].set("pass")
+        if mood == "late":
+            await asyncio.sleep(2 * LATE_S)
         return 0
 
     async def _disk_full(self) -> int:
