@@ -12,6 +12,7 @@ is the channel `<name>` (lowercased, `_` becomes `-`); in the file, a table `[ch
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -49,17 +50,17 @@ def parse_host_port(text: str) -> HostPort:
 
 
 def _parse_seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise ValueError("expected seconds, more than 0")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < 1e9:
+            return value
+    raise ValueError(f"{text!r}: expected seconds, more than 0, such as 30 or 0.5")
 
 
 def _parse_count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError("expected a whole number of at least 1")
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise ValueError(f"{text!r}: expected a whole number of at least 1")
 
 
 def _parse_categories(text: str) -> Mapping[str, int]:

@@ -23,14 +23,15 @@ from mailgrpc.cli.output import Output, Styled
 from mailgrpc.cli.process import told
 from mailgrpc.cli.session import Session, pass_session
 from mailgrpc.cli.words import length
+from mailgrpc.cli.workers import state_of
 from mailgrpc.client import AsyncMailClient, MailError
 from mailgrpc.client.endpoint import Endpoint
 from mailgrpc.config import Settings, load_settings
 from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import check_schema, wanted_revision
-from mailgrpc.db.workers import read_sessions
+from mailgrpc.db.workers import read_loads
 from mailgrpc.doorbell import Doorbell
-from mailgrpc.errors import MailgrpcError, SchemaError, SettingsError
+from mailgrpc.errors import MailgrpcError, SchemaError, SettingsError, StoreUnavailable
 from mailgrpc.providers.provider import ProbeFailed
 from mailgrpc.providers.registry import open_channel
 from mailgrpc.server.tls import read_pair
@@ -80,7 +81,7 @@ def doctor(session: Session, as_json: bool) -> None:
     with told():
         settings = running.found(load_settings(overrides=session.overrides, warn=warnings.append))
     output = Output()
-    findings = [Finding("settings", Mark.ABSENT, text) for text in warnings]
+    findings = [Finding("settings", Mark.BAD, text, is_setting=True) for text in warnings]
     findings = findings or [Finding("settings", Mark.GOOD, "no unknown ones")]
     findings += asyncio.run(_look(settings, session.endpoint()))
     for finding in findings:
@@ -102,6 +103,7 @@ async def _look(settings: Settings, endpoint: Endpoint) -> list[Finding]:
 
 def _checks(settings: Settings, endpoint: Endpoint) -> Iterator[tuple[str, Awaitable[str | None]]]:
     yield "postgres", _check_postgres(settings)
+    yield "workers", _check_workers(settings)
     yield "redis", _check_redis(settings)
     if not settings.channels:
         yield "channels", _absent()
@@ -155,13 +157,33 @@ async def _check_postgres(settings: Settings) -> str | None:
         skew_s = abs((datetime.now(UTC) - now).total_seconds())
         if skew_s > _SKEW_S:
             raise Trouble(f"its clock and ours differ by {length(skew_s)}: start NTP on both")
-        workers = sum(row.ended_at is None for row in await read_sessions(database))
-        return (
-            f"{release}, schema {wanted_revision()}, connected in {length(took_s)},"
-            f" {workers} workers have sessions"
-        )
+        return f"{release}, schema {wanted_revision()}, connected in {length(took_s)}"
     finally:
         await database.close()
+
+
+async def _check_workers(settings: Settings) -> str | None:
+    """Whether somebody starts mail, and who does not."""
+    if settings.database_url is None:
+        return None
+    try:
+        database = Database(settings.database_url, pool_size=1)
+    except SettingsError:
+        return None  # told with PostgreSQL
+    try:
+        await check_schema(database)
+        states = {load.session.name: state_of(load) for load in await read_loads(database)}
+    except (SchemaError, StoreUnavailable) as error:
+        raise Trouble("PostgreSQL cannot be asked") from error
+    finally:
+        await database.close()
+    good = [name for name, state in states.items() if state == "works"]
+    told = "; ".join(f"{name} {state}" for name, state in states.items() if name not in good)
+    if told:
+        raise Trouble(f"{len(good)} of {len(states)} work; {told}")
+    if not good:
+        raise Trouble("none has a session: start `mailgrpc work`")
+    return f"{len(good)} at work"
 
 
 async def _check_redis(settings: Settings) -> str | None:
@@ -217,8 +239,10 @@ async def _check_server(settings: Settings, endpoint: Endpoint) -> str:
         if asyncio.get_running_loop().time() < seen_by:
             await asyncio.sleep(0.2)
             continue
-        raise Trouble(f"{settings.target} answers, but no worker lives: start `mailgrpc work`")
-    return f"{settings.target} answers, a worker lives, the clocks agree"
+        raise Trouble(
+            f"{settings.target} answers, but no worker starts mail: see `mailgrpc workers`"
+        )
+    return f"{settings.target} answers, a worker starts mail, the clocks agree"
 
 
 def _server_trouble(settings: Settings, error: MailError) -> str:

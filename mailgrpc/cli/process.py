@@ -34,13 +34,13 @@ def load(**flags: str | None) -> Settings:
     try:
         settings = load_settings(overrides=overrides, warn=warnings.append)
     except MailgrpcError as error:
-        click.echo(f"mailgrpc: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     start_logging(settings.log_format, settings.log_level, for_people=settings.under_up)
     with told():
         failpoints.arm(settings.failpoints)
     for warning in warnings if settings.sibling is None else ():
-        click.echo(f"mailgrpc: warning: {warning}", err=True)
+        click.echo(f"Warning: {warning}", err=True)
     return settings
 
 
@@ -50,10 +50,10 @@ def told() -> Iterator[None]:
     try:
         yield
     except SettingsError as error:
-        click.echo(f"mailgrpc: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except MailgrpcError as error:
-        click.echo(f"mailgrpc: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         sys.exit(1)
 
 

@@ -45,14 +45,17 @@ async def _run(settings: Settings, log: FamilyLog) -> int:
     begun_at = time.monotonic()
     stack = Stack(settings, log=log)
     asked = _Asked(stack, log)
+    is_told = False
     starting = asyncio.create_task(stack.start())
     try:
         if await asked.while_(starting):
             running.write(settings.data_dir, stack.database_url, stack.redis_url)
+            is_told = True
             log.headline(_report(stack.running, time.monotonic() - begun_at))
             await asked.while_(asyncio.create_task(stack.wait()))
     finally:
-        running.remove(settings.data_dir)
+        if is_told:  # else it is another one's, which runs on
+            running.remove(settings.data_dir)
         await stack.stop()
         await asyncio.gather(starting, return_exceptions=True)
     log.say("ended")
@@ -93,8 +96,11 @@ class _Asked:
 
 
 def _report(parts: Sequence[Running], took_s: float) -> str:
-    shown = [
-        " ".join(filter(None, ("✓" if run.ours else "·", run.part.value, run.detail)))
-        for run in parts
-    ]
+    shown = [" ".join(filter(None, (_mark(run), run.part.value, run.detail))) for run in parts]
     return "   ".join([*shown, f"{took_s:.1f} s"])
+
+
+def _mark(run: Running) -> str:
+    if run.detail.startswith("held: "):  # mailgrpc work
+        return "✗"
+    return "✓" if run.ours else "·"

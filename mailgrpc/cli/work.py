@@ -37,7 +37,7 @@ async def _work(settings: Settings, stop: asyncio.Event, burst: bool) -> None:
         if settings.redis_url is not None:
             arq = asyncio.create_task(keep_arq_running(settings.redis_url, worker))
         click.echo(f"working on {', '.join(sorted(settings.channels))}", err=True)
-        notify_ready(settings.ready_fd)
+        notify_ready(settings.ready_fd, f"held: {worker.held}" if worker.held else "")
         await stop.wait()
         # Side by side: arq's worker takes a while to end where Redis does not answer.
         if arq is not None:

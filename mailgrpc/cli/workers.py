@@ -8,8 +8,11 @@ import click
 
 from mailgrpc.cli.database import with_database
 from mailgrpc.cli.output import Output
+from mailgrpc.cli.words import length
 from mailgrpc.db.workers import Load, read_loads
+from mailgrpc.worker.sessions import BEATS_A_LEASE
 
+_MISSED_BEATS = 2
 _HEADING = ("worker", "state", "channels", "since", "last beat", "claimed", "sending")
 
 
@@ -18,8 +21,9 @@ _HEADING = ("worker", "state", "channels", "since", "last beat", "claimed", "sen
 def workers(as_json: bool) -> None:
     """List the worker sessions. Asks the database, not the server.
 
-    A worker is held when it starts nothing because its journal cannot be written; one whose last
-    beat is older than its lease is ended by the others.
+    A worker is held when it starts nothing because its journal cannot be written, and late when it
+    has missed beats: it may be gone. One whose last beat is older than its lease is ended by the
+    others.
     """
     loads = with_database(read_loads)
     if as_json:
@@ -36,6 +40,8 @@ def state_of(load: Load) -> str:
         return "ended, not settled yet"
     if load.beat_age_s > session.lease_s:
         return "silent"
+    if load.beat_age_s > _MISSED_BEATS * session.lease_s / BEATS_A_LEASE:
+        return f"late: no beat for {length(load.beat_age_s)}"
     if session.held:
         return f"held: {session.held}"
     if session.paused:

@@ -116,6 +116,11 @@ class Worker:
             asyncio.create_task(self._listen()),
         ]
 
+    @property
+    def held(self) -> str:
+        """Why nothing is started; empty: it is."""
+        return self._journal.trouble
+
     def wake(self) -> None:
         """Something may be due, on any channel."""
         for drain in self._drains:

@@ -133,7 +133,7 @@ def test_doctor_finds_a_server_and_its_worker(run: Run, mailgrpc_target: str) ->
     result = run("doctor")
     assert result.exit_code == 0, result.output
     lines = dict(line.split("\t")[1:] for line in result.stdout.splitlines())
-    assert lines["server"] == f"{mailgrpc_target} answers, a worker lives, the clocks agree"
+    assert lines["server"] == f"{mailgrpc_target} answers, a worker starts mail, the clocks agree"
     assert lines["postgres"] == "not configured here"
 
 

@@ -59,3 +59,34 @@ def test_json_is_an_object_a_line(listed: list[str]) -> None:
     assert objects[0]["sending"] == 1
     assert objects[0]["pausedChannels"] == ["bulk"]
     assert objects[2]["leaseS"] == pytest.approx(0.000001)
+
+
+def test_one_that_misses_its_beats_is_late(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, it is not over before its lease is: until then it does not pass for one that works."""
+
+    async def fill() -> None:
+        db = Database(database_url, pool_size=1)
+        await open_session(db, "host:1", ["default"], lease_s=30.0)
+        await db.write("UPDATE workers SET beat_at = now() - interval '14 s'")
+        await db.close()
+
+    asyncio.run(fill())
+    monkeypatch.setenv("MAILGRPC_DATABASE_URL", database_url)
+    [line] = CliRunner().invoke(root, ["workers"]).stdout.splitlines()
+    assert line.split("\t")[1].startswith("late: no beat for 14")
+
+
+def test_doctor_names_those_that_start_nothing(listed: list[str]) -> None:
+    result = CliRunner().invoke(root, ["--target", "127.0.0.1:1", "doctor"])
+    assert result.exit_code == 1
+    [line] = [line for line in result.stdout.splitlines() if "\tworkers\t" in line]
+    assert line.startswith("✗\tworkers\t0 of 4 work; host:1 paused: bulk; host:2 held: the journal")
+
+
+def test_doctor_takes_a_misspelt_setting_for_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAILGRPC_LEASE", "30")
+    result = CliRunner().invoke(root, ["--target", "127.0.0.1:1", "doctor"])
+    assert result.exit_code == 2
+    assert "MAILGRPC_LEASE is not a setting" in result.stdout.splitlines()[0]

@@ -100,6 +100,7 @@ def test_a_second_one_is_refused_and_harms_nobody(
     assert f"another mailgrpc (process {family.process.pid}) is running on" in second.output
     assert family.process.poll() is None
     assert is_alive(member(family, POSTGRES))
+    assert (made_data_dir / "up.json").exists()  # by which other commands find it
 
 
 async def test_what_dies_comes_back(made_data_dir: Path, run_family: RunFamily) -> None:
