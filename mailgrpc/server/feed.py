@@ -17,7 +17,8 @@ is read in one statement with the check that its place is still of this history.
 it is not is ended with RESUME_TOKEN_EXPIRED; where it is the tailer's own place, every reader is,
 rather than go on in a different story.
 
-Without readers the tailer reads no events at all and only keeps the place fresh.
+Without readers the tailer reads no events at all and only keeps the place fresh. Where all of them
+name the messages that they wait for, it reads those events alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from mailgrpc import failpoints
 from mailgrpc.core.event import EVERYTHING, NO_LABELS, Event, Filter, Labels
 from mailgrpc.core.place import Place, Position, advance
 from mailgrpc.db.engine import Database
-from mailgrpc.db.events import check_place, read_events, read_place
+from mailgrpc.db.events import Page, check_place, read_events, read_page_about, read_place
 from mailgrpc.db.messages import read_labels
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import Reason, StoreUnavailable, TokenExpired, Unavailable
@@ -177,16 +178,22 @@ class Feed:
 
     async def _read_on(self) -> bool:
         """Read a page into the ring; whether there may be another."""
-        try:
-            events = await read_events(self._database, self.ring.place, PAGE_EVENTS)
-            failpoints.reach("feed.read")
-        except TokenExpired:
-            log.error("the database has another history; all streams are told to begin anew")
-            self.ring.begin_anew(await read_place(self._database))
-            return True
-        if events:
-            self.ring.append(await self._labelled(events))
-        return len(events) == PAGE_EVENTS
+        place = self.ring.place
+        with self.ring.asking() as messages:
+            try:
+                if messages is None:
+                    events = await read_events(self._database, place, PAGE_EVENTS)
+                    page = Page(events, advance(place, events), len(events))
+                else:
+                    page = await read_page_about(self._database, place, PAGE_EVENTS, messages)
+                failpoints.reach("feed.read")
+            except TokenExpired:
+                log.error("the database has another history; all streams are told to begin anew")
+                self.ring.begin_anew(await read_place(self._database))
+                return True
+            if page.size:
+                self.ring.append(await self._labelled(page.events), page.behind)
+        return page.size == PAGE_EVENTS
 
     async def _idle(self) -> bool:
         """Nobody reads: forget the ring and step to the end, now and then."""

@@ -10,14 +10,23 @@ it is `settled`: its place is always the end of the batch it read last, shared a
 A settled reader that sleeps is moved by the ring: a batch without anything for it changes nothing,
 and when it wakes, by time or by a batch that has something for it, it stands just before that. So
 sleepers are never overtaken by the ring, and waking costs nothing for those who are not woken.
+
+Where all readers wait for messages that they name, only events of these need be read at all
+(`interest`). Such a batch holds nothing for a reader that came after it was asked for. So readers are
+counted as they come, each stretch of batches knows how many had come when it was asked for, and a
+reader joins only where all that follows was asked for with it in mind.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import contextlib
+import itertools
+import sys
+import uuid
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mailgrpc.core.event import Event, Filter
 from mailgrpc.core.place import HISTORY_GONE, ORIGIN, Place, advance, covers, join
@@ -26,17 +35,45 @@ from mailgrpc.server.batch import Batch, Entry, Key, is_of_all, keys_of_filter
 
 RING_EVENTS = 8192
 """Events kept in memory; who is further behind reads the table."""
+NAMED_MESSAGES = 2000
+"""Up to so many different messages are asked for by name."""
 RING_BYTES = 32 * 1024 * 1024
 """The same in bytes, roughly: the event of a Clear carries its whole filter."""
+
+_STRETCHES = 64
+_OF_ALL = sys.maxsize
+
+
+class _Stretch(NamedTuple):
+    """From this place and batch on all was asked for when so many readers had come, or later."""
+
+    asked_at: int
+    place: Place
+    number: int
 
 
 class Reader:
     """Where one subscriber is. `number` is its next batch while it reads from the ring."""
 
-    __slots__ = ("epoch", "is_keyed", "keys", "number", "place", "project_id", "settled", "waiter")
+    __slots__ = (
+        "coming",
+        "epoch",
+        "is_keyed",
+        "keys",
+        "names",
+        "number",
+        "place",
+        "project_id",
+        "settled",
+        "waiter",
+    )
 
-    def __init__(self, project_id: int, place: Place, wanted: Filter, epoch: int) -> None:
+    def __init__(
+        self, project_id: int, place: Place, wanted: Filter, epoch: int, coming: int
+    ) -> None:
         self.project_id = project_id
+        self.coming = coming
+        self.names = wanted.message_ids
         self.place: Place = place
         self.keys = keys_of_filter(project_id, wanted)
         # Whether its filter names what a batch can be searched for.
@@ -66,6 +103,11 @@ class Ring:
         self._readers: dict[Key, set[Reader]] = {}
         self._of_project: dict[int, set[Reader]] = {}
         self._keyed = 0
+        self._named: Counter[uuid.UUID] = Counter()  # messages, by how many readers
+        self._without_names = 0
+        self._came = 0  # readers, ever
+        self._asked_at: int | None = None  # how many had come when what is being read was asked for
+        self._stretches: deque[_Stretch] = deque()
         self._light_sleepers: set[Reader] = set()
 
     @property
@@ -85,7 +127,10 @@ class Ring:
 
     def add(self, project_id: int, place: Place, wanted: Filter) -> Reader:
         """A new reader at a place; `remove` it."""
-        reader = Reader(project_id, place, wanted, self._epoch)
+        self._came += 1
+        reader = Reader(project_id, place, wanted, self._epoch, self._came)
+        self._named.update(reader.names)
+        self._without_names += not reader.names
         for key in reader.keys:
             self._readers.setdefault(key, set()).add(reader)
         self._of_project.setdefault(project_id, set()).add(reader)
@@ -99,6 +144,21 @@ class Ring:
         _discard(self._of_project, reader.project_id, reader)
         self._keyed -= reader.is_keyed
         self._light_sleepers.discard(reader)
+        self._without_names -= not reader.names
+        for message_id in reader.names:
+            self._named[message_id] -= 1
+            if not self._named[message_id]:
+                del self._named[message_id]
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[Sequence[uuid.UUID] | None]:
+        """While the next page is asked for and appended: of which messages; None: of all."""
+        is_named = not self._without_names and len(self._named) <= NAMED_MESSAGES
+        self._asked_at = self._came if is_named else _OF_ALL
+        try:
+            yield list(self._named) if is_named else None
+        finally:
+            self._asked_at = None
 
     def begin(self, place: Place) -> None:
         """Forget all batches and go on at a place that readers need not have seen.
@@ -120,20 +180,40 @@ class Ring:
         self._events = 0
         self._bytes = 0
         self._start = self._place = place
+        self._stretches.clear()
 
     def check_history(self, reader: Reader) -> None:
         """Raise TokenExpired unless the history is still the one in which the reader began."""
         if reader.epoch != self._epoch:
             raise TokenExpired(HISTORY_GONE)
 
-    def append(self, events: Sequence[Event]) -> None:
-        """The next page of the feed; wakes those whom it is for."""
+    def append(self, events: Sequence[Event], behind: Place | None = None) -> None:
+        """The next page of the feed, up to `behind` (None: its last event); wakes whom it is for.
+
+        Within `asking` it need hold no more than what that named.
+        """
         before, number = self._place, self._next
-        batch = Batch(events, advance(before, events))
+        self._note_stretch(_OF_ALL if self._asked_at is None else self._asked_at)
+        self._place = advance(before, events) if behind is None else behind
+        if events:
+            self._add(Batch(events, self._place), before, number)
+        for reader in self._light_sleepers:
+            _wake(reader)
+        self._light_sleepers.clear()
+
+    def _note_stretch(self, asked_at: int) -> None:
+        """Each stretch reaches to the end, so a page shortens those that were asked for later."""
+        begin = _Stretch(asked_at, self._place, self._next)
+        while self._stretches and self._stretches[-1].asked_at >= asked_at:
+            begin = self._stretches.pop()._replace(asked_at=asked_at)
+        self._stretches.append(begin)
+        if len(self._stretches) > _STRETCHES:
+            self._stretches.popleft()
+
+    def _add(self, batch: Batch, before: Place, number: int) -> None:
         self._batches.append(batch)
         self._events += batch.size
         self._bytes += batch.bytes
-        self._place = batch.behind
         while self._events > RING_EVENTS or self._bytes > RING_BYTES:
             dropped = self._batches.popleft()
             self._events -= dropped.size
@@ -144,9 +224,6 @@ class Ring:
             if reader.is_asleep and reader.settled:
                 reader.number, reader.place = number, before
                 _wake(reader)
-        for reader in self._light_sleepers:
-            _wake(reader)
-        self._light_sleepers.clear()
 
     def _told_by(self, batch: Batch) -> Iterator[Reader]:
         for project_id in batch.projects():
@@ -164,15 +241,25 @@ class Ring:
 
     def try_join(self, reader: Reader) -> None:
         """Let a reader go on in the ring, if it has seen all that came before."""
-        if not covers(reader.place, self._start):
+        place, number = self._meant_for(reader)
+        if place is None or not covers(reader.place, place):
             return
-        number = self._first
-        for batch in self._batches:
+        for batch in itertools.islice(self._batches, number - self._first, None):
             if not covers(reader.place, batch.behind):
                 break
             number += 1
         reader.number = number
         reader.settled = number == self._next and covers(self._place, reader.place)
+
+    def _meant_for(self, reader: Reader) -> tuple[Place | None, int]:
+        """Where begins what was asked for with this reader in mind; None: not yet."""
+        for asked_at, place, number in self._stretches:
+            if asked_at >= reader.coming:
+                is_here = number >= self._first
+                return (place, number) if is_here else (self._start, self._first)
+        if self._asked_at is None or self._asked_at >= reader.coming:
+            return self._place, self._next
+        return None, 0
 
     def is_at_end(self, reader: Reader) -> bool:
         """Whether the reader's next batch has still to come."""
@@ -186,6 +273,12 @@ class Ring:
         """The reader's next batch, as far as it may want it, and whether there is another."""
         assert reader.number is not None
         if reader.number == self._next:
+            # What came up to here and is no batch was for nobody.
+            if reader.settled:
+                reader.place = self._place
+            else:
+                reader.place = join(reader.place, self._place)
+                reader.settled = covers(self._place, reader.place)
             return (), False
         batch = self._batches[reader.number - self._first]
         reader.number += 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mailgrpc.core.event import EVERYTHING, Event, EventKind, Filter, Labels
@@ -279,3 +280,128 @@ async def _carry_out(actions: list[tuple[str, Any]], ahead: Place) -> None:
         assert shown[n] == [e.seq for e in new if n % 2 == 0 or e.labels.correlation_id == "0"]
         end = advance(start, new)
         assert all(reader.place.get(lane, ORIGIN) == position for lane, position in end.items())
+
+
+IDS = [new_message_id() for _ in range(3)]
+_NAMED_ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.lists(st.integers(0, 2), min_size=2, max_size=6)),
+        st.tuples(st.just("come"), st.sets(st.integers(0, 2), max_size=2)),  # none: of all
+        st.tuples(st.just("go"), st.integers(0, 3)),
+        st.tuples(st.just("ask"), st.just(0)),
+        st.tuples(st.just("append"), st.just(0)),
+        st.tuples(st.just("read"), st.integers(0, 3)),
+        st.tuples(st.just("time"), st.integers(0, 3)),
+    ),
+    min_size=10,
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(actions=_NAMED_ACTIONS, back=st.integers(0, 12))
+@example(  # who comes while a page is read that leaves out what it waits for
+    actions=[
+        ("come", {0}),
+        ("write", [2, 1]),
+        ("ask", 0),
+        ("come", {1}),
+        ("read", 1),
+        ("append", 0),
+    ],
+    back=2,
+)
+def test_readers_that_come_while_only_what_is_named_is_read_miss_nothing(
+    actions: list[tuple[str, Any]], back: int
+) -> None:
+    asyncio.run(_follow_what_is_named(actions, back))
+
+
+async def _follow_what_is_named(actions: list[tuple[str, Any]], back: int) -> None:
+    """A tailer over a table of events; readers come at places that were, and go."""
+    ring, table = Ring(), [event(1)]
+    ring.begin({0: Position(1, 1)})
+    readers: list[tuple[Reader, frozenset[Any], int, list[int]]] = []
+    asking = contextlib.ExitStack()
+    asked: tuple[list[Event], Place] | None = None
+
+    def behind(place: Place) -> list[Event]:
+        return [e for e in table if e.seq > place[0].seq]
+
+    def read(n: int) -> bool:
+        reader, names, _, shown = readers[n]
+        if ring.has(reader):
+            entries, more = ring.read(reader)
+            events = [e.event for e in entries]
+        else:
+            events = behind(reader.place)[:1]
+            reader.place = advance(reader.place, events)
+            ring.try_join(reader)
+            more = len(events) == 1 or not ring.is_at_end(reader)
+        shown += [e.seq for e in events if not names or e.message_id in names]
+        return more
+
+    def ask() -> None:
+        nonlocal asked
+        messages = asking.enter_context(ring.asking())
+        page = behind(ring.place)[:4]
+        wanted = [e for e in page if messages is None or e.message_id in messages]
+        asked = wanted, advance(ring.place, page)
+
+    def append() -> None:
+        nonlocal asked
+        assert asked is not None
+        ring.append(*asked)
+        asking.close()
+        asked = None
+
+    for what, which in actions:
+        if what == "write":
+            for number in which:
+                message_id = IDS[number] if number < len(IDS) else None
+                table.append(event(len(table) + 1, message_id=message_id))
+        elif what == "come":
+            start = max(1, len(table) - back)
+            names = frozenset(IDS[n] for n in which)
+            reader = ring.add(1, {0: Position(start, start)}, Filter(message_ids=names))
+            readers.append((reader, names, start, []))
+        elif what == "go" and which < len(readers) > 1:
+            ring.remove(readers.pop(which)[0])
+        elif what == "ask" and asked is None and readers:
+            ask()
+        elif what == "append" and asked is not None:
+            append()
+        elif what == "read" and which < len(readers):
+            read(which)
+        elif what == "time" and which < len(readers) and ring.is_at_end(readers[which][0]):
+            sleeping = await asleep(ring, readers[which][0])
+            if readers[which][0].is_asleep:
+                ring._time_is_up(readers[which][0])
+            await sleeping
+    if asked is not None:
+        append()
+    while readers and behind(ring.place):
+        ask()
+        append()
+    for n, (_, names, start, shown) in enumerate(readers):
+        while read(n):
+            pass
+        assert shown == [
+            e.seq for e in table if e.seq > start and (not names or e.message_id in names)
+        ]
+
+
+async def test_a_page_without_anything_for_anybody_takes_everybody_along() -> None:
+    """Who waits for something that does not come goes on with a new place, and so can be resumed."""
+    ring = Ring()
+    reader = joined(ring, Filter(message_ids=frozenset(IDS[:1])))
+    with ring.asking() as messages:
+        assert messages == IDS[:1]
+        ring.append([], {0: Position(5, 5)})
+    assert ring.read(reader) == ((), False)
+    assert reader.place == ring.place == {0: Position(5, 5)}
+    everything = ring.add(1, {0: Position(3, 3)}, EVERYTHING)
+    ring.try_join(everything)
+    assert not ring.has(everything)  # what lies between was not read
+    with ring.asking() as messages:
+        assert messages is None
