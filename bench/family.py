@@ -125,10 +125,13 @@ class Family:
         """Write all that is not written yet, so that what follows is not charged for it."""
         self.as_superuser("CHECKPOINT")
 
+    def postgres_pid(self) -> int:
+        """Its first process, above all others."""
+        return int((self._data / "postgres" / "postmaster.pid").read_text().split()[0])
+
     def postgres_cpu_s(self) -> float:
         """Processor seconds of PostgreSQL so far."""
-        pid = (self._data / "postgres" / "postmaster.pid").read_text().split()[0]
-        return tree_cpu_s(int(pid))
+        return tree_cpu_s(self.postgres_pid())
 
 
 def _ask(url: str, statement: str, *arguments: object) -> list[asyncpg.Record]:

@@ -19,6 +19,11 @@ def pss_mb(pid: int) -> float:
     return sum(_field_kb(each, "Pss:") for each in tree(pid)) / 1024
 
 
+def anonymous_mb(pid: int) -> float:
+    """What is resident and of no file and no shared memory."""
+    return sum(_field_kb(each, "Pss_Anon:") for each in tree(pid)) / 1024
+
+
 def rss_mb(pid: int) -> float:
     """What is resident, shared pages counted in full: what `ps` shows."""
     return sum(_field_kb(each, "Rss:") for each in tree(pid)) / 1024

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+import uvloop
 
 from mailgrpc.config import HostPort, Settings
 from mailgrpc.db.engine import Database
@@ -26,6 +27,12 @@ from tests.gateway import Gateway
 from tests.machines import register_profiles
 
 register_profiles()
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that `serve` and `work` run on: it differs where connections break."""
+    return {"uvloop": uvloop.new_event_loop}
+
 
 TEMPLATE = "mailgrpc_template"
 _numbers = itertools.count(1)

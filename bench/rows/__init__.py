@@ -13,6 +13,7 @@ from bench.rows import (
     latency,
     scale,
     size,
+    soak,
     stream,
     watchers,
 )
@@ -32,4 +33,5 @@ ROWS = {
     "scale": scale.run,
     "idle": idle.run,
     "size": size.run,
+    "soak": soak.run,
 }

@@ -377,7 +377,8 @@ def _cut(connection: Connection) -> None:
     transport = getattr(connection, "_transport", None)  # nothing public leads to it
     held = transport.get_extra_info("socket") if transport is not None else None
     if held is not None:
-        with contextlib.suppress(OSError):
+        # Where the other end was first it has no socket any more: OSError, uvloop's is a ValueError.
+        with contextlib.suppress(OSError, ValueError):
             held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.terminate()
 

@@ -22,6 +22,7 @@ class SessionRow:
     beat: int
     beat_at: datetime
     ended_at: datetime | None
+    is_over: bool  # and what it has left may be settled
     lease_s: float
     held: str  # why it starts nothing; empty: it does
     paused: tuple[str, ...]  # channels that failed as a whole
@@ -91,7 +92,10 @@ async def begin_turn(
 
 async def read_sessions(db: Database) -> list[SessionRow]:
     """The sessions that live, and those that ended with something left in `due`."""
-    rows = await db.fetch("SELECT * FROM workers WHERE reaped_at IS NULL ORDER BY started_at, id")
+    rows = await db.fetch(
+        """SELECT *, coalesce(ended_at <= clock_timestamp(), false) AS is_over FROM workers
+           WHERE reaped_at IS NULL ORDER BY started_at, id"""
+    )
     return [
         SessionRow(
             row["id"],
@@ -101,6 +105,7 @@ async def read_sessions(db: Database) -> list[SessionRow]:
             row["beat"],
             row["beat_at"],
             row["ended_at"],
+            row["is_over"],
             row["lease_s"],
             row["held"],
             tuple(row["paused"]),
@@ -138,16 +143,21 @@ async def read_loads(db: Database) -> list[Load]:
     ]
 
 
-async def end_session(db: Database, session_id: int, seen_beat: int | None = None) -> bool:
+async def end_session(
+    db: Database, session_id: int, seen_beat: int | None = None, *, after_s: float = 0.0
+) -> bool:
     """End a session; with `seen_beat` only if it has not beaten since. Whether it is ended now.
 
-    Waits for the claims and starts that are under way in it, and none follows.
+    Waits for the claims and starts that are under way in it, and none follows. `after_s`: so long
+    what it has started is not settled.
     """
     rows = await db.write(
-        """UPDATE workers SET ended_at = coalesce(ended_at, clock_timestamp())
+        """UPDATE workers SET ended_at = coalesce(ended_at,
+               clock_timestamp() + make_interval(secs => $3))
            WHERE id = $1 AND ($2::bigint IS NULL OR beat = $2) RETURNING id""",
         session_id,
         seen_beat,
+        after_s,
     )
     return bool(rows)
 
@@ -179,7 +189,7 @@ async def mark_reaped(db: Database, session_id: int) -> bool:
     """An ended session is entirely over, if nothing of it is left. Whether it is."""
     rows = await db.write(
         """UPDATE workers SET reaped_at = clock_timestamp() WHERE id = $1
-           AND ended_at IS NOT NULL AND NOT EXISTS (SELECT FROM due WHERE session_id = $1)
+           AND ended_at <= clock_timestamp() AND NOT EXISTS (SELECT FROM due WHERE session_id = $1)
            RETURNING id""",
         session_id,
     )

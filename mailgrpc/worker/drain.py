@@ -138,7 +138,10 @@ class Drain:
 
     async def burst(self) -> None:
         """Send all that is due now, and see it recorded. Raises StoreUnavailable, SessionEnded."""
-        while not self._stopping and await self.drain_once() is None:
+        while not self._stopping:
+            await self._give_back_astray()
+            if await self.drain_once() is not None:
+                return
             await self.settle()
             await self._recorder.drain()
 
@@ -156,10 +159,7 @@ class Drain:
             if self._ended_id is not None:
                 await self._session.renew(self._ended_id)
                 self._ended_id, session_id = None, self._session.session_id
-            if self._claims_astray:
-                self._turn += 1
-                await self._session.give_back(session_id, self.channel, self._turn)
-                self._claims_astray = False
+            await self._give_back_astray()
             if self._is_behind:
                 await self._recorder.flushed()
                 self._is_behind = False
@@ -179,6 +179,12 @@ class Drain:
             self._retry_s = _RETRY_S
             return idle_s
         return None
+
+    async def _give_back_astray(self) -> None:
+        if self._claims_astray:
+            self._turn += 1
+            await self._session.give_back(self._session.session_id, self.channel, self._turn)
+            self._claims_astray = False
 
     async def drain_once(self) -> float | None:
         """Claim one batch and see all of it started. None: look again at once; else seconds."""

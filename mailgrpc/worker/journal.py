@@ -146,7 +146,7 @@ class Journal:
         try:
             return self._made_whole(file, found), found
         except BaseException:
-            file.close()  # with its lock: it is tried again
+            file.let_go()  # as it is: it is tried again
             raise
 
     def _tell_once(self, path: Path, level: int, text: str, *args: object) -> None:

@@ -158,7 +158,11 @@ class SlotFile:
             if owner not in (NOBODY, installation):
                 raise OfOthers(path)
             taken = cls(path, file, slots)
-            return taken, taken._read(content, slots)
+            found = taken._read(content, slots)
+            if owner != installation:  # from before there were any: ours from now on
+                file.write(_HEADER.pack(_MAGIC, SLOT_BYTES, slots, installation.bytes), 0)
+                file.sync()
+            return taken, found
         except BaseException:
             file.close()
             raise

@@ -139,9 +139,9 @@ class Session:
     async def stop(self, within_s: float = _CLOSE_S, *, at_once: bool = True) -> None:
         """End the session. What is still SENDING in it is left to the reaper of another worker.
 
-        Not `at_once`: what was not started is given back, and the rest has until the end of the
-        lease, as it would after a kill. For a worker that leaves results in its journal: whoever
-        takes that over must not come after the reaper.
+        Not `at_once`: it starts nothing more, and what it has started is settled after a lease, as
+        it would be after a kill. For a worker that leaves results in its journal: whoever takes that
+        over must not come after the reaper.
         """
         session_id, self._id = self._id, 0
         if self._task is not None:
@@ -149,11 +149,13 @@ class Session:
             await asyncio.gather(self._task, return_exceptions=True)
         try:
             async with asyncio.timeout(within_s):
-                if at_once:  # which waits for claims and starts under way, and none follows
-                    await end_session(self._database, session_id)
+                # Before, so that no reaper finds it first and takes it for left by a death; and after,
+                # because a claim that was under way came to its end before the session did.
                 await release_unstarted(self._database, session_id, lost=False)
-                if at_once:
-                    await mark_reaped(self._database, session_id)
+                after_s = 0.0 if at_once else self._lease_s
+                await end_session(self._database, session_id, after_s=after_s)
+                await release_unstarted(self._database, session_id, lost=False)
+                await mark_reaped(self._database, session_id)
         except (StoreUnavailable, TimeoutError) as error:
             log.warning("the session could not be closed, it will be reaped: %s", error)
 

@@ -88,7 +88,10 @@ class Reaper:
         for session in sessions:
             if gap_s > max(session.lease_s / 2, _LOOKS_APART_S):
                 self._seen.pop(session.session_id, None)
-            if session.ended_at is None and not await self._end_if_silent(session, now):
+            if session.ended_at is None:
+                if not await self._end_if_silent(session, now):
+                    continue
+            elif not session.is_over:
                 continue
             try:
                 await self._settle(session)

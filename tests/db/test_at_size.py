@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from datetime import UTC, datetime
+from typing import Any
 
 import asyncpg
 
-from mailgrpc.db.deliveries import promote_scheduled
+from mailgrpc.core.delivery import Outcome, Result, State, Step
+from mailgrpc.db.deliveries import Recorded, promote_scheduled, record_outcomes, started_of
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import STATUSES, bounds
 
@@ -44,6 +47,45 @@ async def test_reading_200_statuses_touches_the_rows_of_200_messages(db: Databas
     assert plan["Actual Rows"] == 200
     # Three look-ups a message, each a few pages deep; the whole is some thousands of pages.
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 200 * 15
+
+
+class Explained(Database):
+    """Says what each write has read."""
+
+    blocks = 0
+
+    async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
+        rows = await super().write(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", *args)
+        plan = rows[0][0][0]["Plan"]
+        self.blocks = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+        return []
+
+
+async def test_recording_an_old_and_a_new_result_reads_nothing_of_what_lies_between(
+    db: Database, database_url: str
+) -> None:
+    await db.write(FILL_DELIVERIES, MESSAGES)
+    await db.write(FILL_ATTEMPTS)
+    await db.write(
+        """UPDATE deliveries SET state = 2, attempt_count = 2, attempt_id = gen_random_uuid(),
+               call_id = gen_random_uuid(), attempt_started_at = now()
+           WHERE recipient ~ '^u([12]|29999|30000)@'"""
+    )
+    await db.write("ANALYZE deliveries")
+    await db.write("ANALYZE attempts")
+    explained = Explained(database_url, pool_size=1)
+    now = datetime.now(UTC)
+    result = Result(Outcome.DEFERRED)
+    step = Step(State.DEFERRED, False, now)
+    started = [
+        started_of(row)
+        for row in await db.fetch("SELECT * FROM deliveries WHERE state = 2 ORDER BY id")
+    ]
+    first, second, last_but_one, last = (Recorded.of(s, "smtp", now, result, step) for s in started)
+    await record_outcomes(explained, 0, [first, last])  # reads the catalogue too
+    await record_outcomes(explained, 0, [second, last_but_one])
+    await explained.close()
+    assert 0 < explained.blocks < 250  # the attempts alone are some 500
 
 
 async def test_clear_beside_the_sweeper_leaves_no_row_in_the_queue(

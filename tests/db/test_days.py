@@ -122,6 +122,37 @@ async def test_what_is_stored_stays_through_the_migration(empty_database_url: st
     await db.close()
 
 
+async def test_a_retry_of_what_is_known_to_be_accepted_is_dropped_by_the_migration(
+    empty_database_url: str,
+) -> None:
+    await asyncio.to_thread(migrate, empty_database_url, "0003")
+    db = Database(empty_database_url, pool_size=2)
+    known, unknown = (made_at(datetime.now(UTC)) for _ in range(2))
+    await insert_messages(db, 0, [known, unknown])
+    await db.write(
+        "UPDATE deliveries SET state = 3, attempt_count = 2, possibly_sent = true, due_at = now()"
+    )
+    await db.write(
+        """INSERT INTO attempts (delivery_id, number, id, call_id, channel, provider, started_at,
+               ended_at, outcome, cause, status_code, enhanced_code, text, provider_message_id)
+           SELECT d.id, n, gen_random_uuid(), gen_random_uuid(), 'default', 'smtp', now(), now(),
+               CASE WHEN n = 1 AND d.id = $1 THEN 1 ELSE 4 END, 0, 250, '', '', ''
+           FROM deliveries d, generate_series(1, 2) n""",
+        ids_of([known])[0],
+    )
+    await db.close()
+    await asyncio.to_thread(migrate, empty_database_url)
+    db = Database(empty_database_url, pool_size=2)
+    found = await read_deliveries(db, ids_of([known, unknown]))
+    assert [found[i].state for i in ids_of([known, unknown])] == [State.SENT, State.DEFERRED]
+    assert [r["delivery_id"] for r in await db.fetch("SELECT delivery_id FROM due")] == ids_of(
+        [unknown]
+    )
+    events = await db.fetch("SELECT delivery_id FROM events WHERE old_state = 3 AND state = 4")
+    assert [e["delivery_id"] for e in events] == ids_of([known])
+    await db.close()
+
+
 async def test_connections_from_before_the_migration_go_on(empty_database_url: str) -> None:
     """They have plans, and the functions as they were, in their memory."""
     await asyncio.to_thread(migrate, empty_database_url, "0002")

@@ -20,7 +20,7 @@ from mailgrpc.core.delivery import Cause, Outcome, Result, State, Step, WaitReas
 from mailgrpc.db.deliveries import Recorded
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.journal_entry import MOST_BYTES, pack, unpack
-from mailgrpc.worker.journal_file import SLOT_BYTES, DiskFile
+from mailgrpc.worker.journal_file import SLOT_BYTES, DiskFile, SlotFile
 from tests.gateway import until
 from tests.worker.lossy_file import LossyFile
 
@@ -402,3 +402,21 @@ async def test_the_file_of_another_installation_is_left_alone(tmp_path: Path) ->
     again = Journal(tmp_path, slots=8)
     assert await again.open(theirs) == [one]
     await again.close()
+
+
+async def test_a_damaged_file_without_a_readable_result_survives_a_full_disk(
+    tmp_path: Path,
+) -> None:
+    file = SlotFile.create(tmp_path, ".journal", 4, DiskFile)
+    file._file.write(b"\x07\0\0\0garbage", SLOT_BYTES)
+    file.let_go()
+
+    def full(path: Path, *, create: bool = False) -> DiskFile:
+        if create:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return DiskFile(path)
+
+    journal = Journal(tmp_path, slots=4, open_file=full)
+    await journal.open()
+    await journal.close()
+    assert len(journals(tmp_path)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from mailgrpc.config import Settings
-from mailgrpc.core.delivery import Mode, State
+from mailgrpc.core.delivery import Mode, Result, State
 from mailgrpc.db.engine import Database
 from mailgrpc.errors import StoreUnavailable
 from mailgrpc.providers.capture import CaptureProvider
+from mailgrpc.providers.provider import SendCall
 from mailgrpc.worker.journal import Journal
+from mailgrpc.worker.journal_file import DiskFile, SlotFile
 from mailgrpc.worker.runtime import Worker
 from tests.gateway import until
 from tests.worker.rig import Clock, Gate, LossyDatabase, Part, Store, outlive_lease
@@ -193,3 +196,55 @@ async def test_a_stop_gives_its_journal_the_time_that_a_kill_gives(
     async with Part(lossy, clock, journal=Journal(tmp_path)) as again:
         await again.recorder.drain()
         assert await store.state(message) is State.SENT
+
+
+async def test_a_file_from_before_installations_is_ours_once_we_took_it(
+    lossy: LossyDatabase, store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    SlotFile.create(tmp_path, ".journal", 8, DiskFile).let_go()
+    await store.put(mode=Mode.SEND_ONCE)
+    provider = Gate()
+    killed = Part(lossy, clock, provider, journal=Journal(tmp_path, slots=8))
+    await killed.__aenter__()
+    await _sent_and_unrecorded(killed, lossy, provider, 1)
+    await _kill(killed)
+    stranger = Journal(tmp_path, slots=8)
+    assert await stranger.open(uuid.uuid4()) == []
+    assert await stranger.adopt() == []
+    await stranger.close()
+
+
+async def test_what_a_stop_left_is_settled_by_whoever_comes_after_its_lease(
+    settings: Settings, lossy: LossyDatabase, store: Store, tmp_path: Path
+) -> None:
+    """Also by bursts alone, none of which looks on for a whole lease."""
+    one, two = await store.put_many([["a@example.com"], ["b@example.com"]], mode=Mode.RETRYING)
+
+    class Deaf(CaptureProvider):
+        async def send(self, call: SendCall) -> list[Result]:
+            if call.addressees[0].recipient.address.startswith("b"):
+                await asyncio.sleep(3600)
+            return await super().send(call)
+
+    real = lossy.write
+
+    async def slow_recording(sql: str, *args: Any) -> Any:
+        if "record_outcomes" in sql:
+            await asyncio.sleep(3600)
+        return await real(sql, *args)
+
+    lossy.write = slow_recording  # type: ignore[method-assign]
+    lossy.with_patience = lambda _: lossy  # type: ignore[method-assign]
+    settings = replace(settings, journal_dir=tmp_path)
+    deaf = Deaf()
+    worker = Worker(settings, lossy, channels={"default": deaf})
+    await worker.start()
+    await until(lambda: len(deaf.outbox) == 1)
+    await worker.stop(0.5)
+    lossy.write = real  # type: ignore[method-assign]
+    await Worker(settings, store.db, channels={"default": CaptureProvider()}).burst()
+    assert await store.state(one) is State.SENT
+    assert await store.state(two) is State.SENDING
+    await store.db.write("UPDATE workers SET ended_at = ended_at - make_interval(secs => lease_s)")
+    await Worker(settings, store.db, channels={"default": CaptureProvider()}).burst()
+    assert await store.state(two) is State.DEFERRED

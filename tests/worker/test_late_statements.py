@@ -22,11 +22,11 @@ from mailgrpc.db.deliveries import (
     record_outcomes,
     start_deliveries,
 )
-from mailgrpc.db.engine import Database
+from mailgrpc.db.engine import AmbiguousCommit, Database
 from mailgrpc.db.workers import begin_turn, open_session
-from mailgrpc.errors import SchemaError
+from mailgrpc.errors import SchemaError, StoreUnavailable
 from mailgrpc.worker.sweep import Reaper
-from tests.worker.rig import Clock, LossyDatabase, Part, Store, outlive_lease
+from tests.worker.rig import ACCEPTED, Clock, LossyDatabase, Part, Scripted, Store, outlive_lease
 
 GREYLISTED = Result(Outcome.DEFERRED, Cause.RATE_LIMITED, 450, text="come back")
 
@@ -166,6 +166,58 @@ async def test_after_a_doubt_a_new_turn_begins(
         part.drain.stop_claiming()
         await running
     assert await store.state(message) is State.SENT
+
+
+class Late(LossyDatabase):
+    """The first try of the first start comes after the second claim, when the retry is due."""
+
+    held: tuple[str, Any] | None = None
+    starts = claims = 0
+
+    async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
+        if "start_deliveries" in sql:
+            self.starts += 1
+            if self.starts == 1:
+                self.held = sql, args
+                raise AmbiguousCommit("given up")
+        rows = await super().write(sql, *args)
+        if "claim_due" in sql:
+            self.claims += 1
+            if self.claims > 1 and self.held is not None:
+                (held, given), self.held = self.held, None
+                await super().write(held, *given)
+        if "record_outcomes" in sql and self.starts == 2:
+            await Store(self).make_due()
+        return rows
+
+
+async def test_a_burst_begins_a_new_turn_after_a_doubt_as_well(
+    store: Store, clock: Clock, database_url: str
+) -> None:
+    message = await store.put(mode=Mode.SEND_ONCE)
+    late = Late(database_url)
+    await late.open()
+    async with Part(late, clock, Scripted(GREYLISTED, ACCEPTED)) as part:
+        await part.work()
+        assert await store.state(message) is State.SENT
+    await late.close()
+
+
+@pytest.mark.parametrize("ending", ["pg_terminate_backend(pid)", "pg_cancel_backend(pid)"])
+async def test_a_write_whose_connection_ends_is_in_doubt(
+    db: Database, database_url: str, ending: str
+) -> None:
+    """On the loop of `work` a socket that is closed already is another error than elsewhere."""
+    other = Database(database_url, pool_size=1)
+    write = asyncio.create_task(db.write("SELECT pg_sleep(60)"))
+    asleep = "FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
+    async with asyncio.timeout(10):
+        while not await other.fetch(f"SELECT {asleep}"):
+            await asyncio.sleep(0.01)
+    await other.write(f"SELECT {ending} {asleep}")
+    with pytest.raises(AmbiguousCommit if "terminate" in ending else StoreUnavailable):
+        await write
+    await other.close()
 
 
 class Refusing(LossyDatabase):

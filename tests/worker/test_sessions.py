@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,18 @@ from mailgrpc.core.delivery import Cause, Mode, Outcome, State
 from mailgrpc.db.deliveries import claim_due
 from mailgrpc.db.engine import Database, SessionEnded
 from mailgrpc.db.workers import beat, end_session, open_session, read_sessions
+from mailgrpc.worker.sweep import Reaper
 from tests.gateway import until
-from tests.worker.rig import ACCEPTED, LEASE_S, Clock, Gate, Part, Store, outlive_lease
+from tests.worker.rig import (
+    ACCEPTED,
+    LEASE_S,
+    Clock,
+    Gate,
+    LossyDatabase,
+    Part,
+    Store,
+    outlive_lease,
+)
 
 
 async def _start_and_hang(part: Part) -> None:
@@ -243,3 +254,20 @@ async def test_what_had_not_begun_to_leave_when_the_session_ended_is_not_sent(
     [attempt] = await store.attempts(message)
     assert attempt.result is not None
     assert attempt.result.outcome is Outcome.DEFERRED
+
+
+async def test_a_reaper_that_looks_in_the_midst_of_a_stop_counts_no_death(
+    lossy: LossyDatabase, db: Database, store: Store, clock: Clock
+) -> None:
+    await store.put()
+    async with Part(lossy, clock) as part:
+        await claim_due(lossy, part.session.session_id, "default", 10, 0)
+        real = lossy.write
+
+        async def looked_at(sql: str, *args: Any) -> Any:
+            rows = await real(sql, *args)
+            await Reaper(db, lane=0, clock=clock).reap()
+            return rows
+
+        lossy.write = looked_at  # type: ignore[method-assign]
+    assert await store.value("SELECT claims FROM due") == 0

@@ -278,7 +278,8 @@ BEGIN
         SELECT array_agg(d.id) INTO v_sent FROM deliveries d
         WHERE d.id = ANY (p_id) AND d.id BETWEEN v_first AND v_last AND NOT d.forced
             AND EXISTS (SELECT FROM attempts a WHERE a.delivery_id = d.id
-                AND a.delivery_id BETWEEN v_first AND v_last AND a.outcome = 1);
+                AND a.delivery_id = ANY (p_id) AND a.delivery_id BETWEEN v_first AND v_last
+                AND a.outcome = 1);
     END IF;
 
     WITH moved AS (
@@ -327,4 +328,24 @@ BEGIN
     PERFORM append_events(p_lane, v_rows || v_late,
         array_fill(2::smallint, ARRAY[coalesce(cardinality(v_rows), 0)]) || v_old, '',
         v_first, v_last);
+END $$;
+
+-- What was left to a retry though an overtaken attempt had been accepted. All that waits has a row
+-- in one of the two queues, which are small beside the history.
+DO $$
+DECLARE
+    v_id uuid[];
+BEGIN
+    SELECT array_agg(d.id ORDER BY d.id) INTO v_id
+    FROM (SELECT delivery_id FROM due UNION ALL SELECT delivery_id FROM scheduled) q
+    JOIN deliveries d ON d.id = q.delivery_id
+    WHERE d.state IN (1, 3) AND d.attempt_count > 1 AND NOT d.forced
+        AND (SELECT true FROM attempts a WHERE a.delivery_id = d.id AND a.outcome = 1 LIMIT 1);
+    PERFORM move_deliveries(0, '', v_id, array_agg(d.version ORDER BY d.id),
+        array_fill(4::smallint, ARRAY[count(*)::integer]),
+        array_fill(NULL::timestamptz, ARRAY[count(*)::integer]),
+        array_fill(0::smallint, ARRAY[count(*)::integer]),
+        array_fill(false, ARRAY[count(*)::integer]),
+        array_agg(d.possibly_sent ORDER BY d.id), array_agg(d.expire_at ORDER BY d.id))
+    FROM deliveries d WHERE d.id = ANY (v_id) HAVING count(*) > 0;
 END $$;
