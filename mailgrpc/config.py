@@ -4,7 +4,7 @@ A setting NAME is looked for as `MAILGRPC_NAME`, for a secret also as `MAILGRPC_
 whose content, without a trailing newline, is the value), then as key `name` in `mailgrpc.toml`
 (in the working directory, or the path in `MAILGRPC_CONFIG`), then its default. A wrong value or
 an unknown key in the file stops the program with one line that names the setting. An unknown
-environment variable only warns: orchestrators inject names such as `MAILGRPC_PORT` by themselves.
+environment variable only warns, and one that Kubernetes injects for a Service of our name does not.
 
 Channels are URLs: `MAILGRPC_CHANNEL_URL` is the channel `default`, `MAILGRPC_CHANNEL_<NAME>_URL`
 is the channel `<name>` (lowercased, `_` becomes `-`); in the file, a table `[channels]`.
@@ -30,6 +30,12 @@ _CHANNEL_VARIABLE = re.compile(r"MAILGRPC_CHANNEL_(?:(?P<name>[A-Z0-9_]+)_)?URL(
 _CHANNEL_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
+_INJECTED = re.compile(
+    r"MAILGRPC(_\w+)?_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)"
+)
+"""What Kubernetes sets in every container beside a Service whose name begins with ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostPort:
     """Where to listen or connect. IPv6 hosts are written in brackets."""
@@ -53,14 +59,14 @@ def _parse_seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (value := float(text)) < 1e9:
             return value
-    raise ValueError(f"{text!r}: expected seconds, more than 0, such as 30 or 0.5")
+    raise ValueError("expected seconds, more than 0, such as 30 or 0.5")
 
 
 def _parse_count(text: str) -> int:
     with contextlib.suppress(ValueError):
         if (value := int(text)) >= 1:
             return value
-    raise ValueError(f"{text!r}: expected a whole number of at least 1")
+    raise ValueError("expected a whole number of at least 1")
 
 
 def _parse_categories(text: str) -> Mapping[str, int]:
@@ -141,7 +147,11 @@ class Settings:
     lease_s: float = _setting(30.0, _parse_seconds, "a worker silent for this long has ended")
     grace_s: float = _setting(25.0, _parse_seconds, "how long SIGTERM waits for work in flight")
     send_concurrency: int = _setting(8, _parse_count, "provider calls at once, a channel a worker")
-    attempt_timeout_s: float = _setting(120.0, _parse_seconds, "bound on one whole attempt")
+    attempt_timeout_s: float = _setting(
+        120.0,
+        _parse_seconds,
+        "bound on one attempt; the answer to a mail that was handed over may take a quarter more",
+    )
     queue_limit: int = _setting(5000, _parse_count, "Enqueue calls that may wait in one server")
     max_streams: int = _setting(2000, _parse_count, "WatchStatus streams a server process serves")
     default_deadline_s: float = _setting(
@@ -201,7 +211,7 @@ def load_settings(
 
     _read_file(path or _settings_path(environ), known, texts, channels)
     for variable, text in environ.items():
-        if not variable.startswith(PREFIX) or variable == "MAILGRPC_CONFIG":
+        if not _is_ours(variable):
             continue
         if match := _CHANNEL_VARIABLE.fullmatch(variable):
             name = (match["name"] or DEFAULT_CHANNEL).lower().replace("_", "-")
@@ -299,6 +309,12 @@ def _read_file(
             raise SettingsError(f"{path}: {key}: expected a plain value")
         else:
             raise SettingsError(f"{path}: unknown key {key!r}{_hint(key, known)}")
+
+
+def _is_ours(variable: str) -> bool:
+    """Whether an environment variable is meant to be a setting."""
+    named = variable.startswith(PREFIX) and variable != "MAILGRPC_CONFIG"
+    return named and not _INJECTED.fullmatch(variable)
 
 
 def _read_secret(variable: str, path: str) -> str:

@@ -26,19 +26,20 @@ from bench.sink import sink
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "15"))
 STREAMS = 10_000
-PIECES = 20
+STREAM_ROUNDS = 20
 """In how many goes the streams are opened, over two thirds of the time."""
 GROWTH = 1.05
 QUEUES = ("due", "scheduled", "workers")
-_PIECE_S = 30.0
-_LOOK_EVERY_S = 5.0
+_LOAD_RUN_S = 30.0
+_SAMPLE_EVERY_S = 5.0
+_KEPT_UP = 0.9  # of the wanted rate; between two runs the next one's mails are made
 _PROBE = 10_000
 _SLACK_MB = 1.0  # a page or two of the allocator; 5 % of the smallest process is 4 MB
 
 
 @dataclass(slots=True)
-class _Look:
-    """What was found, one value a look."""
+class _Samples:
+    """What was found, one value a sample."""
 
     memory: dict[str, list[float]] = field(default_factory=dict)
     dead: list[float] = field(default_factory=list)
@@ -55,17 +56,17 @@ def run(family: Family) -> list[Measured]:
 
 
 def _soak(row: Measured, ours: Gateway, rate: float) -> None:
-    look, load, seconds = _Look(), _Load(ours.server.address, rate), MINUTES * 60
+    samples, load, seconds = _Samples(), _Load(ours.server.address, rate), MINUTES * 60
     stored, sent = ours.family.stored(), ours.sent()
-    opened = pieces = 0
+    opened = rounds = 0
     load.start()
     began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds:
-        if pieces < min(PIECES, passed / (seconds * 2 / 3) * PIECES):
-            opened += _come_and_go(ours.server.address, STREAMS // PIECES)
-            pieces += 1
-        _look(look, ours)
-        time.sleep(_LOOK_EVERY_S)
+        if rounds < min(STREAM_ROUNDS, passed / (seconds * 2 / 3) * STREAM_ROUNDS):
+            opened += _come_and_go(ours.server.address, STREAMS // STREAM_ROUNDS)
+            rounds += 1
+        _sample(samples, ours)
+        time.sleep(_SAMPLE_EVERY_S)
     load.stop()
     ours.settled(load.messages)
     row.check(
@@ -74,64 +75,72 @@ def _soak(row: Measured, ours: Gateway, rate: float) -> None:
         rows=ours.family.stored() - stored,
         SENT=ours.sent() - sent,
     )
+    row.limit("the load was kept up", load.messages >= _KEPT_UP * rate * seconds)
     row.check("streams", wanted=STREAMS, opened=opened)
-    for name, values in look.memory.items():
+    for name, values in samples.memory.items():
         second, last = _thirds(values)
         row.facts[f"{name}, second and last third"] = f"{second:.1f} MB, {last:.1f} MB"
         row.limit(f"{name} grows by at most 5 %", last <= max(second * GROWTH, second + _SLACK_MB))
-    for name, values in (("dead rows", look.dead), ("pages", look.pages)):
+    for name, values in (("dead rows", samples.dead), ("pages", samples.pages)):
         second, last = _thirds(values)
         row.facts[f"{name} of the queue tables, second and last third"] = (
             f"{second:,.0f}, {last:,.0f}"
         )
+        # Cleaned now and then: what is found is some part of the way from one time to the next.
         row.limit(f"{name} of the queue tables do not grow", last <= second * 1.1 + 50)
     row.facts["load"] = f"{rate:,.0f}/s, {load.messages:,} messages in all"
-    row.facts["Enqueue, the worst p99 of a piece"] = f"{max(load.p99_ms):.1f} ms"
+    row.facts["Enqueue, the worst p99 of half a minute"] = f"{max(load.p99_ms):.1f} ms"
     row.facts["streams opened and cancelled"] = f"{opened:,}"
 
 
 class _Load(threading.Thread):
-    """An open loop in pieces, each a generator of its own, whose mails are made beforehand."""
+    """An open loop in runs, each a generator of its own, whose mails are made beforehand."""
 
     def __init__(self, address: str, rate: float) -> None:
         super().__init__(daemon=True)
         self._address = address
         self._rate = rate
         self._ending = threading.Event()
+        self._failed: BaseException | None = None
         self.messages = 0
         self.p99_ms: list[float] = []
 
     def run(self) -> None:
-        while not self._ending.is_set():
-            found = calls(self._address, rate=self._rate, seconds=_PIECE_S)
-            self.messages += found["messages"]
-            self.p99_ms.append(found["p99_ms"])
+        try:
+            while not self._ending.is_set():
+                found = calls(self._address, rate=self._rate, seconds=_LOAD_RUN_S)
+                self.messages += found["messages"]
+                self.p99_ms.append(found["p99_ms"])
+        except BaseException as error:  # noqa: BLE001  told by `stop`
+            self._failed = error
 
     def stop(self) -> None:
-        """After the piece that is under way."""
+        """After the run that is under way. Raises what ended it before."""
         self._ending.set()
         self.join()
+        if self._failed is not None:
+            raise self._failed
 
 
 def _come_and_go(address: str, count: int) -> int:
     return int(generate("bench.load.idle", address, "churn", str(count))["opened"])
 
 
-def _look(look: _Look, ours: Gateway) -> None:
+def _sample(samples: _Samples, ours: Gateway) -> None:
     now = {
         "server": ours.server.memory_mb(),
         "worker": ours.worker.memory_mb(),
         "PostgreSQL, not shared": anonymous_mb(ours.family.postgres_pid()),
     }
     for name, value in now.items():
-        look.memory.setdefault(name, []).append(value)
+        samples.memory.setdefault(name, []).append(value)
     [found] = ours.family.sql(
         """SELECT sum(n_dead_tup)::float8 AS dead, sum(pg_total_relation_size(relid) / 8192)::float8
            AS pages FROM pg_stat_user_tables WHERE relname = ANY ($1)""",
         list(QUEUES),
     )
-    look.dead.append(found["dead"])
-    look.pages.append(found["pages"])
+    samples.dead.append(found["dead"])
+    samples.pages.append(found["pages"])
 
 
 def _thirds(values: list[float]) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from mailgrpc.cli.output import Output, Styled
 from mailgrpc.cli.process import told
 from mailgrpc.cli.session import Session, pass_session
 from mailgrpc.cli.words import length
-from mailgrpc.cli.workers import state_of
+from mailgrpc.cli.workers import WORKS, state_of
 from mailgrpc.client import AsyncMailClient, MailError
 from mailgrpc.client.endpoint import Endpoint
 from mailgrpc.config import Settings, load_settings
@@ -172,18 +172,17 @@ async def _check_workers(settings: Settings) -> str | None:
         return None  # told with PostgreSQL
     try:
         await check_schema(database)
-        states = {load.session.name: state_of(load) for load in await read_loads(database)}
+        loads = [load for load in await read_loads(database) if load.session.ended_at is None]
     except (SchemaError, StoreUnavailable) as error:
-        raise Trouble("PostgreSQL cannot be asked") from error
+        raise Trouble("not known: see postgres") from error
     finally:
         await database.close()
-    good = [name for name, state in states.items() if state == "works"]
-    told = "; ".join(f"{name} {state}" for name, state in states.items() if name not in good)
-    if told:
-        raise Trouble(f"{len(good)} of {len(states)} work; {told}")
-    if not good:
+    idle = [f"{load.session.name} {state_of(load)}" for load in loads if state_of(load) != WORKS]
+    if not loads:
         raise Trouble("none has a session: start `mailgrpc work`")
-    return f"{len(good)} at work"
+    if idle:
+        raise Trouble(f"{len(loads) - len(idle)} of {len(loads)} work; {'; '.join(idle)}")
+    return f"{len(loads)} at work"
 
 
 async def _check_redis(settings: Settings) -> str | None:

@@ -45,16 +45,16 @@ async def _run(settings: Settings, log: FamilyLog) -> int:
     begun_at = time.monotonic()
     stack = Stack(settings, log=log)
     asked = _Asked(stack, log)
-    is_told = False
+    is_written = False
     starting = asyncio.create_task(stack.start())
     try:
         if await asked.while_(starting):
             running.write(settings.data_dir, stack.database_url, stack.redis_url)
-            is_told = True
+            is_written = True
             log.headline(_report(stack.running, time.monotonic() - begun_at))
             await asked.while_(asyncio.create_task(stack.wait()))
     finally:
-        if is_told:  # else it is another one's, which runs on
+        if is_written:  # else the file belongs to the one that runs on
             running.remove(settings.data_dir)
         await stack.stop()
         await asyncio.gather(starting, return_exceptions=True)

@@ -12,6 +12,7 @@ from mailgrpc.cli.words import length
 from mailgrpc.db.workers import Load, read_loads
 from mailgrpc.worker.sessions import BEATS_A_LEASE
 
+WORKS = "works"
 _MISSED_BEATS = 2
 _HEADING = ("worker", "state", "channels", "since", "last beat", "claimed", "sending")
 
@@ -46,7 +47,7 @@ def state_of(load: Load) -> str:
         return f"held: {session.held}"
     if session.paused:
         return f"paused: {', '.join(session.paused)}"
-    return "works"
+    return WORKS
 
 
 def _row(load: Load) -> list[str]:

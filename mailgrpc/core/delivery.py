@@ -272,7 +272,7 @@ def next_step(
     return Step(State.DEFERRED, possibly_sent, _not_past_expiry(delivery, now + wait), reason)
 
 
-def informed_step(step: Step, delivery: Delivery, *, another_was_accepted: bool) -> Step:
+def step_beside_acceptance(step: Step, delivery: Delivery, *, another_was_accepted: bool) -> Step:
     """What becomes of `next_step`'s step where another attempt is known to have been accepted.
 
     That one was overtaken: its worker was taken for gone, and its result came after all. Nothing is

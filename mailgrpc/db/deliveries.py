@@ -55,13 +55,13 @@ async def claim_due(
     limit: int,
     after_project: int,
     *,
-    turn: int = 0,
+    epoch: int = 0,
     suspect: uuid.UUID | None = None,
 ) -> Claims:
     """Lease up to `limit` due deliveries of a channel, or `suspect` alone where it is still due.
 
-    Does nothing once a later turn of the session has begun on this channel (db/workers.py,
-    `begin_turn`). Raises SessionEnded, StoreUnavailable.
+    Raises SessionEnded, StoreUnavailable; asyncpg.PostgresError (MG003) once a later epoch has begun
+    on this channel: only a claim that was given up can meet that, and nobody waits for it.
     """
     rows = await db.write(
         "SELECT * FROM claim_due($1, $2, $3, $4, $5, $6)",
@@ -69,7 +69,7 @@ async def claim_due(
         channel,
         limit,
         after_project,
-        turn,
+        epoch,
         suspect,
     )
     claimed, passed_over = [], None
@@ -124,13 +124,13 @@ class Started:
 
 
 async def start_deliveries(
-    db: Database, session_id: int, lane: int, starting: Sequence[Starting], *, turn: int = 0
+    db: Database, session_id: int, lane: int, starting: Sequence[Starting], *, epoch: int = 0
 ) -> list[Started]:
-    """Move what was claimed in this turn to SENDING, each with its new attempt; the commit is in.
+    """Move what was claimed in this epoch to SENDING, each with its new attempt; the commit is in.
 
     What is not returned is not to be sent: it expired, is suppressed, or is not ours any more.
-    After AmbiguousCommit nothing of it may be sent before the same call, with the same attempts,
-    was run again and has answered: it starts nothing twice, and answers what did start. To give up
+    After AmbiguousCommit nothing of it may be sent before the same call, with the same attempts
+    and epoch, was run again and has answered: it starts nothing twice, and answers what did start. To give up
     instead leaves deliveries in SENDING until the session ends. Raises SessionEnded,
     StoreUnavailable.
     """
@@ -141,7 +141,7 @@ async def start_deliveries(
         [s.delivery_id for s in starting],
         [s.attempt_id for s in starting],
         [s.call_id for s in starting],
-        turn,
+        epoch,
     )
     return [started_of(row) for row in rows]
 
@@ -318,7 +318,7 @@ async def read_deliveries(
 class DuePage:
     """A page of `due`: what of it has expired unclaimed, and where the next one begins."""
 
-    expired: dict[uuid.UUID, datetime]  # and when
+    expired: dict[uuid.UUID, datetime]  # delivery -> the expire_at that it was read with
     last: uuid.UUID | None  # None: there is no further page
 
 

@@ -13,6 +13,7 @@ What can go wrong, and what a caller of `Database` sees:
     deadlock 40P01, serialization 40001                      tried again here, a few times
     data that breaks a constraint or a type                  asyncpg.PostgresError, to be handled
     worker session ended MG001, stale version MG002          SessionEnded, StaleVersion
+    claim of an earlier epoch MG003                          asyncpg.PostgresError; nobody waits for it
 
 How long a statement may take depends on who asks (`with_patience`). When one meets silence, the
 connections that lie idle most likely lead to the same silence: they are ended too, rather than
@@ -73,6 +74,10 @@ class AmbiguousCommit(StoreUnavailable):
 
 class SessionEnded(MailgrpcError):
     """The worker session was ended by the reaper: it may claim and start nothing more."""
+
+
+class SessionGivenUp(SessionEnded):
+    """Its own worker leaves the session to the reaper: it cannot know what it has started."""
 
 
 class StaleVersion(MailgrpcError):
@@ -372,7 +377,8 @@ def _cut(connection: Connection) -> None:
     """End a connection that is in doubt, and what of it is still in the kernel's hands with it.
 
     A closed socket goes on sending what it holds, for minutes: an insert that arrives after its
-    message was sent and cleared would send it once more.
+    message was sent and cleared would send it once more. (A pooler between may hold it all the same:
+    docs/reliability.md.)
     """
     transport = getattr(connection, "_transport", None)  # nothing public leads to it
     held = transport.get_extra_info("socket") if transport is not None else None

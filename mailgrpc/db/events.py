@@ -13,22 +13,16 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mailgrpc.core.delivery import (
-    Delivery,
-    Mode,
-    Role,
-    State,
-    SuppressionReason,
-    WaitReason,
-)
+from mailgrpc.core.delivery import Delivery, Mode, Outcome, State
 from mailgrpc.core.event import Attempt, Event, EventKind
 from mailgrpc.core.place import HISTORY_GONE, ORIGIN, Place, Position
 from mailgrpc.db.content import unpack_json
 from mailgrpc.db.engine import Database
-from mailgrpc.db.rows import Row, result_of
+from mailgrpc.db.rows import ROLES, STATES, SUPPRESSION_REASONS, WAIT_REASONS, Row, result_of
 from mailgrpc.errors import TokenExpired
 
 LANES = range(16)
+_KINDS = {int(m): m for m in EventKind}
 _MOVED_BY_ATTEMPTS = frozenset(
     {State.SENDING, State.SENT, State.DEFERRED, State.FAILED, State.OUTCOME_UNKNOWN}
 )
@@ -72,13 +66,14 @@ async def read_page_about(
 ) -> Page:
     """What `read_events` would read, of which only what somebody waits for comes over.
 
-    That is what is of these messages, or changes no state. The rest costs PostgreSQL a look and us
+    That is what is of these messages, and every event that is no change of a state (removals are
+    told to all). The rest costs PostgreSQL a look and us
     nothing. Raises TokenExpired as `read_events` does.
     """
     rows = await db.fetch(
         f"""{_PLACE}, page AS MATERIALIZED (
                SELECT e.* FROM p CROSS JOIN LATERAL (
-                   SELECT e.lane, e.seq, e.kind <> 16 OR e.message_id = ANY ($5::uuid[]) AS is_wanted
+                   SELECT e.lane, e.seq, e.kind <> {EventKind.STATE_CHANGED:d} OR e.message_id = ANY ($5::uuid[]) AS is_wanted
                    FROM events e WHERE e.lane = p.lane AND e.seq > p.seq
                    ORDER BY e.seq LIMIT $4) e
                ORDER BY e.seq LIMIT $4),
@@ -181,27 +176,31 @@ async def drop_events(db: Database, older_than_s: float, limit: int = 5000) -> i
 
 def event_of(row: Row) -> Event:
     """A row of `events` as the domain sees it, without labels."""
-    kind = EventKind(row["kind"])
+    kind = _KINDS[row["kind"]]
     delivery = attempt = None
     if kind is EventKind.STATE_CHANGED:
         result = result_of(row)
         delivery = Delivery(
             delivery_id=row["delivery_id"],
             recipient=row["recipient"],
-            role=Role(row["role"]),
-            state=State(row["state"]),
+            role=ROLES[row["role"]],
+            state=STATES[row["state"]],
             state_since=row["occurred_at"],
             version=row["version"],
             mode=Mode.RETRYING,  # not told by events
             attempt_count=row["attempt_count"],
             due_at=row["due_at"],
-            wait_reason=WaitReason(row["wait_reason"]),
+            wait_reason=WAIT_REASONS[row["wait_reason"]],
             possibly_sent=row["possibly_sent"],
-            suppression_reason=SuppressionReason(row["suppression_reason"]),
+            suppression_reason=SUPPRESSION_REASONS[row["suppression_reason"]],
             duplicate_of=row["duplicate_of"],
             last_result=result,
         )
-        if row["state"] in _MOVED_BY_ATTEMPTS and row["attempt_count"] > 0:
+        # SENT by the acceptance of an attempt that was overtaken: the last one did not do it.
+        is_by_another = row["state"] == State.SENT and (
+            result is None or result.outcome is not Outcome.ACCEPTED
+        )
+        if row["state"] in _MOVED_BY_ATTEMPTS and row["attempt_count"] > 0 and not is_by_another:
             attempt = Attempt(
                 delivery_id=row["delivery_id"],
                 number=row["attempt_count"],
@@ -221,7 +220,7 @@ def event_of(row: Row) -> Event:
         occurred_at=row["occurred_at"],
         actor=row["actor"],
         message_id=row["message_id"],
-        old_state=State(row["old_state"]) if row["old_state"] else None,
+        old_state=STATES[row["old_state"]] if row["old_state"] else None,
         delivery=delivery,
         attempt=attempt,
         payload=unpack_json(row["payload"]) if row["payload"] else None,

@@ -254,29 +254,32 @@ async def read_contents(
             ids,
         )
     else:
-        # The length of what lies apart (TOAST) is known without reading it.
+        # What lies apart (TOAST) has a length that is known without reading it, and is read when the
+        # row is handed over: not of those that are left out here.
         rows = await db.fetch(
             """SELECT m.*, p.name AS project FROM (
-                   SELECT k.id, sum(coalesce(octet_length(m.content), 0) + f.bytes) OVER (
-                       ORDER BY k.n ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+                   SELECT m.*, f.bytes AS file_bytes,
+                       sum(coalesce(octet_length(m.content), 0) + f.bytes) OVER (
+                           ORDER BY k.n ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
                    FROM unnest($1::uuid[]) WITH ORDINALITY AS k(id, n)
                    CROSS JOIN LATERAL (SELECT * FROM messages m
                        WHERE m.id = k.id AND m.id BETWEEN $3 AND $4 LIMIT 1) AS m
                    CROSS JOIN LATERAL (SELECT coalesce(sum(octet_length(a.data)), 0) AS bytes
                        FROM attachments a
-                       WHERE a.message_id = k.id AND a.message_id BETWEEN $3 AND $4) AS f) AS k
-               CROSS JOIN LATERAL (SELECT * FROM messages m
-                   WHERE m.id = k.id AND m.id BETWEEN $3 AND $4 LIMIT 1) AS m
-               JOIN projects p ON p.id = m.project_id WHERE coalesce(k.before, 0) < $2""",
+                       WHERE a.message_id = k.id AND a.message_id BETWEEN $3 AND $4) AS f) AS m
+               JOIN projects p ON p.id = m.project_id WHERE coalesce(m.before, 0) < $2""",
             ids,
             most_bytes,
             *bounds(ids),
         )
     files: dict[uuid.UUID, dict[int, bytes]] = {}
-    if with_files:
+    with_some = [row["id"] for row in rows if most_bytes is None or row["file_bytes"]]
+    if with_files and with_some:
         for row in await db.fetch(
-            "SELECT * FROM attachments WHERE message_id = ANY ($1::uuid[])",
-            [row["id"] for row in rows],
+            """SELECT * FROM attachments WHERE message_id = ANY ($1::uuid[])
+               AND message_id BETWEEN $2 AND $3""",
+            with_some,
+            *bounds(with_some),
         ):
             files.setdefault(row["message_id"], {})[row["position"]] = row["data"]
     return {
@@ -294,8 +297,11 @@ async def read_retry_policies(
     db: Database, message_ids: Iterable[uuid.UUID]
 ) -> dict[uuid.UUID, RetryPolicy]:
     """When deliveries of these messages are tried again; what cannot be read is left out."""
+    ids = list(message_ids)
     rows = await db.fetch(
-        "SELECT id, options FROM messages WHERE id = ANY ($1::uuid[])", list(message_ids)
+        "SELECT id, options FROM messages WHERE id = ANY ($1::uuid[]) AND id BETWEEN $2 AND $3",
+        ids,
+        *bounds(ids),
     )
     policies = {}
     for row in rows:
@@ -336,8 +342,9 @@ async def read_labels(db: Database, message_ids: Sequence[uuid.UUID]) -> dict[uu
     """What the events of these messages are found by; messages that were cleared are left out."""
     rows = await db.fetch(
         """SELECT id, created_at, correlation_id, tags, custom_args FROM messages
-           WHERE id = ANY ($1::uuid[])""",
+           WHERE id = ANY ($1::uuid[]) AND id BETWEEN $2 AND $3""",
         message_ids,
+        *bounds(message_ids),
     )
     return {row["id"]: labels_of(row) for row in rows}
 

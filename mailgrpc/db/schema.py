@@ -26,9 +26,9 @@ def _revisions() -> list[str]:
 
 
 async def read_installation(database: Database) -> uuid.UUID:
-    """Which database this is, drawn when it was made; its standbys and its backups have the same."""
+    """Which database this is: drawn once, the same on its standbys and in its backups."""
     [row] = await database.fetch("SELECT id FROM installation")
-    return uuid.UUID(bytes=row["id"].bytes)
+    return uuid.UUID(bytes=row["id"].bytes)  # a plain one: asyncpg's is a class of its own
 
 
 async def check_schema(database: Database) -> None:

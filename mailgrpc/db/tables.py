@@ -76,5 +76,5 @@ workers = sa.Table(
     _column("lease_s", sa.Float),
     _column("held", sa.Text),
     _column("paused", ARRAY(sa.Text)),
-    _column("turns", JSONB),
+    _column("epochs", JSONB),
 )

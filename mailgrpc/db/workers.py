@@ -21,8 +21,8 @@ class SessionRow:
     started_at: datetime
     beat: int
     beat_at: datetime
-    ended_at: datetime | None
-    is_over: bool  # and what it has left may be settled
+    ended_at: datetime | None  # ahead of now: ended, and not to be settled before
+    is_over: bool  # that has passed: what it had started may be settled
     lease_s: float
     held: str  # why it starts nothing; empty: it does
     paused: tuple[str, ...]  # channels that failed as a whole
@@ -62,15 +62,15 @@ async def beat(db: Database, session_id: int, held: str = "", paused: Sequence[s
     return bool(rows)
 
 
-async def begin_turn(
+async def begin_epoch(
     db: Database,
     session_id: int,
     channel: str,
-    turn: int,
+    epoch: int,
     held: str = "",
     paused: Sequence[str] = (),
 ) -> bool:
-    """Beat, and let no claim of an earlier turn on this channel take anything from now on.
+    """Beat, and let no claim of an earlier epoch on this channel take anything from now on.
 
     For a worker that does not know what became of one: it may still be on its way, and would lease
     rows that nobody knows of for as long as the session lives. Waits for those under way, as `beat`
@@ -78,14 +78,14 @@ async def begin_turn(
     """
     rows = await db.write(
         """UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp(), held = $2, paused = $3,
-               turns = turns || jsonb_build_object($4::text,
-                   greatest(coalesce((turns ->> $4)::integer, 0), $5::integer))
+               epochs = epochs || jsonb_build_object($4::text,
+                   greatest(coalesce((epochs ->> $4)::integer, 0), $5::integer))
            WHERE id = $1 AND ended_at IS NULL RETURNING id""",
         session_id,
         held,
         list(paused),
         channel,
-        turn,
+        epoch,
     )
     return bool(rows)
 
@@ -144,12 +144,12 @@ async def read_loads(db: Database) -> list[Load]:
 
 
 async def end_session(
-    db: Database, session_id: int, seen_beat: int | None = None, *, after_s: float = 0.0
+    db: Database, session_id: int, seen_beat: int | None = None, *, settle_after_s: float = 0.0
 ) -> bool:
     """End a session; with `seen_beat` only if it has not beaten since. Whether it is ended now.
 
-    Waits for the claims and starts that are under way in it, and none follows. `after_s`: so long
-    what it has started is not settled.
+    Waits for the claims and starts that are under way in it, and none follows. `settle_after_s`: how
+    long nobody may settle what it had started.
     """
     rows = await db.write(
         """UPDATE workers SET ended_at = coalesce(ended_at,
@@ -157,7 +157,7 @@ async def end_session(
            WHERE id = $1 AND ($2::bigint IS NULL OR beat = $2) RETURNING id""",
         session_id,
         seen_beat,
-        after_s,
+        settle_after_s,
     )
     return bool(rows)
 

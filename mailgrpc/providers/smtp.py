@@ -70,6 +70,10 @@ from mailgrpc.providers.smtp_pool import (
 from mailgrpc.providers.smtp_session import Envelope, Stale, transact
 from mailgrpc.providers.smtp_wire import SmtpWire
 
+_ANSWER_SHARE = 0.25
+"""Of the attempt's time, for the answer to the dot at the least (RFC 5321, 4.5.3.2.6, has ten
+minutes): who leaves before it is in doubt."""
+
 
 class SmtpProvider:
     """A pool of connections to one server. Serves one event loop."""
@@ -158,7 +162,7 @@ class SmtpProvider:
         if needs_smtputf8(call.message) or not all(map(str.isascii, recipients)):
             parameters += " BODY=8BITMIME SMTPUTF8"
         envelope = Envelope(envelope.sender, recipients, parameters)
-        answer_s = self._attempt_timeout_s / 4
+        answer_s = self._attempt_timeout_s * _ANSWER_SHARE
         results = iter(await transact(wire, envelope, content, call.last_look, deadline, answer_s))
         return [refusal or next(results) for refusal in refusals]
 

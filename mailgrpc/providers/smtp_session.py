@@ -229,7 +229,7 @@ async def _send_content(
     wire.write(stuffed + b".\r\n", replies=0)
     failpoints.reach("smtp.dotted")
     try:
-        # Whatever is left of the attempt: who leaves now is in doubt.
+        # However little of the attempt is left: to hang up now would be to be in doubt.
         reply = await wire.reply(max(deadline, asyncio.get_running_loop().time() + answer_s))
     except WireBroken as broken:
         return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)

@@ -6,7 +6,8 @@ another server with its token. A slow reader costs no memory and slows nobody.
 
 How. One tailer a process reads new events of all lanes and appends them to a ring of bounded
 length (server/ring.py). A reader whose place is before the ring reads the table, page by page,
-until its place covers the one at which the ring begins; then it joins, skipping what it has seen.
+until its place covers the one at which the ring begins (or from which on the ring was read with this
+reader in mind, see there); then it joins, skipping what it has seen.
 One that the ring has left behind goes back to the table. Reading the table and reading the ring
 may interleave lanes differently, but each is a merge in which causes come before effects
 (db/events.py), and a reader only ever goes forward in every lane.
@@ -18,7 +19,7 @@ it is not is ended with RESUME_TOKEN_EXPIRED; where it is the tailer's own place
 rather than go on in a different story.
 
 Without readers the tailer reads no events at all and only keeps the place fresh. Where all of them
-name the messages that they wait for, it reads those events alone.
+name the messages that they wait for, it reads the events of these, and what is told to everybody.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from datetime import timedelta
 
 from mailgrpc import failpoints
 from mailgrpc.core.event import EVERYTHING, NO_LABELS, Event, Filter, Labels
+from mailgrpc.core.message import MailMessage
 from mailgrpc.core.place import Place, Position, advance
 from mailgrpc.db.engine import Database
 from mailgrpc.db.events import Page, check_place, read_events, read_page_about, read_place
@@ -61,6 +63,7 @@ class Feed:
         self._doorbell = doorbell
         self.ring = Ring()
         self._labels: OrderedDict[uuid.UUID, Labels] = OrderedDict()
+        self._expected: OrderedDict[uuid.UUID, Labels] = OrderedDict()
         self._wake = asyncio.Event()
         self._reader_came = asyncio.Event()
         self._ending = False
@@ -85,6 +88,15 @@ class Feed:
     def wake(self) -> None:
         """Events may be new: this process wrote some."""
         self._wake.set()
+
+    def expect(self, message_id: uuid.UUID, message: MailMessage) -> None:
+        """This process is about to store this one: its labels need not be asked for."""
+        if self.ring.reader_count:
+            self._expected[message_id] = Labels(
+                message.correlation_id, message.tags, message.custom_args
+            )
+            if len(self._expected) > LABELS_KEPT:
+                self._expected.popitem(last=False)
 
     @contextlib.contextmanager
     def reader(
@@ -132,6 +144,10 @@ class Feed:
         mine = await self._labelled([e for e in events if e.project_id == reader.project_id])
         reader.place = advance(reader.place, events)
         self.ring.try_join(reader)
+        if not events and not self.ring.has(reader):
+            # The page that is being read was asked for without it: it joins behind that one.
+            await self.ring.page_read()
+            self.ring.try_join(reader)
         more = len(events) == PAGE_EVENTS or not self.ring.is_at_end(reader)
         return [Entry(e) for e in mine], more
 
@@ -214,6 +230,10 @@ class Feed:
     async def _labelled(self, events: Sequence[Event]) -> list[Event]:
         """The events with what their messages are found by, asked once a message."""
         known: dict[uuid.UUID, Labels] = {}
+        for e in events if self._expected else ():
+            is_first = e.delivery is not None and e.old_state is None  # as old as its message
+            if e.message_id and is_first and (labels := self._expected.pop(e.message_id, None)):
+                self._labels[e.message_id] = replace(labels, created_at=e.occurred_at)
         for message_id in {e.message_id for e in events if e.message_id is not None}:
             if (labels := self._labels.get(message_id)) is not None:
                 known[message_id] = labels
@@ -224,8 +244,8 @@ class Feed:
             known |= found
             # One that is not found was cleared; it is not remembered, a reader may be far behind.
             self._labels |= found
-            while len(self._labels) > LABELS_KEPT:
-                self._labels.popitem(last=False)
+        while len(self._labels) > LABELS_KEPT:
+            self._labels.popitem(last=False)
         return [
             replace(e, labels=known.get(e.message_id, NO_LABELS)) if e.message_id else e
             for e in events

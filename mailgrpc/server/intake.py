@@ -193,6 +193,8 @@ class Intake:
 
     async def _flush(self, batch: list[_Waiting]) -> None:
         """Store a batch and answer all of it; never raises."""
+        for waiting in batch:
+            self._feed.expect(waiting.new.message_id, waiting.new.submission.message)
         try:
             inserted = await self._insert([w.new for w in batch])
             known = await self._look_up([w.new for w in batch], inserted)

@@ -1,6 +1,7 @@
 """The recent end of the feed in memory, and the readers that wait at it.
 
-Events come in batches, each as one page was read (server/batch.py).
+Events come in batches, each as one page was read (server/batch.py); a page without anything wanted
+makes no batch and only moves the place.
 
 A reader is at a place, which says what it has seen. Reading the table and reading the batches may
 interleave lanes differently, so a reader that comes from the table may be ahead of the batches in
@@ -12,9 +13,9 @@ and when it wakes, by time or by a batch that has something for it, it stands ju
 sleepers are never overtaken by the ring, and waking costs nothing for those who are not woken.
 
 Where all readers wait for messages that they name, only events of these need be read at all
-(`interest`). Such a batch holds nothing for a reader that came after it was asked for. So readers are
-counted as they come, each stretch of batches knows how many had come when it was asked for, and a
-reader joins only where all that follows was asked for with it in mind.
+(`asking`). Such a page may lack what a reader wants that came after it was asked for. So readers are
+counted as they come, each stretch of pages knows how many had come when it was asked for, and a reader
+joins only where all that follows was asked for with it in mind.
 """
 
 from __future__ import annotations
@@ -35,19 +36,22 @@ from mailgrpc.server.batch import Batch, Entry, Key, is_of_all, keys_of_filter
 
 RING_EVENTS = 8192
 """Events kept in memory; who is further behind reads the table."""
-NAMED_MESSAGES = 2000
-"""Up to so many different messages are asked for by name."""
 RING_BYTES = 32 * 1024 * 1024
 """The same in bytes, roughly: the event of a Clear carries its whole filter."""
+NAMED_MESSAGES = 2000
+"""Up to so many different messages are asked for by name: each page takes the list along."""
 
 _STRETCHES = 64
 _OF_ALL = sys.maxsize
 
 
 class _Stretch(NamedTuple):
-    """From this place and batch on all was asked for when so many readers had come, or later."""
+    """From here to the end every page lacks nothing for so many readers, the first that came.
 
-    asked_at: int
+    `number` is the batch before which it begins.
+    """
+
+    readers_known: int
     place: Place
     number: int
 
@@ -56,12 +60,12 @@ class Reader:
     """Where one subscriber is. `number` is its next batch while it reads from the ring."""
 
     __slots__ = (
-        "coming",
         "epoch",
         "is_keyed",
         "keys",
         "names",
         "number",
+        "ordinal",
         "place",
         "project_id",
         "settled",
@@ -69,10 +73,10 @@ class Reader:
     )
 
     def __init__(
-        self, project_id: int, place: Place, wanted: Filter, epoch: int, coming: int
+        self, project_id: int, place: Place, wanted: Filter, epoch: int, ordinal: int
     ) -> None:
         self.project_id = project_id
-        self.coming = coming
+        self.ordinal = ordinal
         self.names = wanted.message_ids
         self.place: Place = place
         self.keys = keys_of_filter(project_id, wanted)
@@ -105,8 +109,9 @@ class Ring:
         self._keyed = 0
         self._named: Counter[uuid.UUID] = Counter()  # messages, by how many readers
         self._without_names = 0
-        self._came = 0  # readers, ever
-        self._asked_at: int | None = None  # how many had come when what is being read was asked for
+        self._readers_ever = 0  # readers, ever
+        self._readers_known: int | None = None  # when the page that is being read was asked for
+        self._page: asyncio.Future[None] | None = None  # done when that was read
         self._stretches: deque[_Stretch] = deque()
         self._light_sleepers: set[Reader] = set()
 
@@ -127,8 +132,8 @@ class Ring:
 
     def add(self, project_id: int, place: Place, wanted: Filter) -> Reader:
         """A new reader at a place; `remove` it."""
-        self._came += 1
-        reader = Reader(project_id, place, wanted, self._epoch, self._came)
+        self._readers_ever += 1
+        reader = Reader(project_id, place, wanted, self._epoch, self._readers_ever)
         self._named.update(reader.names)
         self._without_names += not reader.names
         for key in reader.keys:
@@ -154,11 +159,13 @@ class Ring:
     def asking(self) -> Iterator[Sequence[uuid.UUID] | None]:
         """While the next page is asked for and appended: of which messages; None: of all."""
         is_named = not self._without_names and len(self._named) <= NAMED_MESSAGES
-        self._asked_at = self._came if is_named else _OF_ALL
+        self._readers_known = self._readers_ever if is_named else _OF_ALL
+        page = self._page = asyncio.get_running_loop().create_future()
         try:
             yield list(self._named) if is_named else None
         finally:
-            self._asked_at = None
+            self._readers_known = self._page = None
+            page.set_result(None)
 
     def begin(self, place: Place) -> None:
         """Forget all batches and go on at a place that readers need not have seen.
@@ -193,7 +200,7 @@ class Ring:
         Within `asking` it need hold no more than what that named.
         """
         before, number = self._place, self._next
-        self._note_stretch(_OF_ALL if self._asked_at is None else self._asked_at)
+        self._note_stretch(_OF_ALL if self._readers_known is None else self._readers_known)
         self._place = advance(before, events) if behind is None else behind
         if events:
             self._add(Batch(events, self._place), before, number)
@@ -201,11 +208,11 @@ class Ring:
             _wake(reader)
         self._light_sleepers.clear()
 
-    def _note_stretch(self, asked_at: int) -> None:
-        """Each stretch reaches to the end, so a page shortens those that were asked for later."""
-        begin = _Stretch(asked_at, self._place, self._next)
-        while self._stretches and self._stretches[-1].asked_at >= asked_at:
-            begin = self._stretches.pop()._replace(asked_at=asked_at)
+    def _note_stretch(self, readers_known: int) -> None:
+        """A page lowers the count of all stretches that it continues; equal ones become one."""
+        begin = _Stretch(readers_known, self._place, self._next)
+        while self._stretches and self._stretches[-1].readers_known >= readers_known:
+            begin = self._stretches.pop()._replace(readers_known=readers_known)
         self._stretches.append(begin)
         if len(self._stretches) > _STRETCHES:
             self._stretches.popleft()
@@ -241,25 +248,41 @@ class Ring:
 
     def try_join(self, reader: Reader) -> None:
         """Let a reader go on in the ring, if it has seen all that came before."""
-        place, number = self._meant_for(reader)
-        if place is None or not covers(reader.place, place):
+        meant = self._meant_for(reader)
+        if meant is None or not covers(reader.place, meant[0]):
             return
+        number = meant[1]
         for batch in itertools.islice(self._batches, number - self._first, None):
             if not covers(reader.place, batch.behind):
                 break
             number += 1
         reader.number = number
-        reader.settled = number == self._next and covers(self._place, reader.place)
+        reader.settled = False
+        if number == self._next:
+            self._to_end(reader)
 
-    def _meant_for(self, reader: Reader) -> tuple[Place | None, int]:
-        """Where begins what was asked for with this reader in mind; None: not yet."""
-        for asked_at, place, number in self._stretches:
-            if asked_at >= reader.coming:
+    def _to_end(self, reader: Reader) -> None:
+        """Its next batch is still to come: pages that made none were asked for with it in mind."""
+        if not reader.settled:
+            reader.place = join(reader.place, self._place)
+            reader.settled = covers(self._place, reader.place)
+        if reader.settled:
+            reader.place = self._place
+
+    def _meant_for(self, reader: Reader) -> tuple[Place, int] | None:
+        """Place and batch where begins what was asked for with this reader in mind; None: not yet."""
+        for readers_known, place, number in self._stretches:
+            if readers_known >= reader.ordinal:
                 is_here = number >= self._first
                 return (place, number) if is_here else (self._start, self._first)
-        if self._asked_at is None or self._asked_at >= reader.coming:
+        if self._readers_known is None or self._readers_known >= reader.ordinal:
             return self._place, self._next
-        return None, 0
+        return None
+
+    async def page_read(self) -> None:
+        """Return when no page is being read that was asked for before now."""
+        if self._page is not None:
+            await asyncio.shield(self._page)
 
     def is_at_end(self, reader: Reader) -> bool:
         """Whether the reader's next batch has still to come."""
@@ -273,12 +296,7 @@ class Ring:
         """The reader's next batch, as far as it may want it, and whether there is another."""
         assert reader.number is not None
         if reader.number == self._next:
-            # What came up to here and is no batch was for nobody.
-            if reader.settled:
-                reader.place = self._place
-            else:
-                reader.place = join(reader.place, self._place)
-                reader.settled = covers(self._place, reader.place)
+            self._to_end(reader)
             return (), False
         batch = self._batches[reader.number - self._first]
         reader.number += 1
@@ -290,13 +308,15 @@ class Ring:
             entries = [e for e in entries if e.event.seq > seen.get(e.event.lane, ORIGIN).seq]
             reader.place = join(seen, batch.behind)
             reader.settled = covers(batch.behind, reader.place)
+        if reader.number == self._next:
+            self._to_end(reader)
         return entries, reader.number < self._next
 
     async def sleep(self, reader: Reader, timeout_s: float, *, lightly: bool = False) -> bool:
         """Wait until there may be something for the reader. False: nothing came in this time.
 
         Returns at once where something came since it last read. Who sleeps `lightly` is woken by
-        any batch: for one that waits to be somewhere, not only for what it wants.
+        any page: for one that waits to be somewhere, not only for what it wants.
         """
         if not self.is_at_end(reader) or reader.epoch != self._epoch:
             return True

@@ -11,7 +11,8 @@ What became of a message: its deliveries, their states and their attempts.
 
 Late proof about the last attempt still moves what rests on no proof (OUTCOME_UNKNOWN, and
 DEFERRED, QUEUED, CANCELLED or EXPIRED after an attempt) to SENT, DELIVERED, BOUNCED, COMPLAINED or
-FAILED, and a retry that was pending is dropped.
+FAILED, and a retry that was pending is dropped. So does the acceptance of an earlier attempt, unless
+Resend has forced one since; a running attempt is awaited first.
 """
 
 from collections import abc as _abc
@@ -556,7 +557,9 @@ class Delivery(_message.Message):
 
     @_builtins.property
     def last_result(self) -> Global___AttemptResult:
-        """What the last attempt that ended came to; absent before."""
+        """What the last attempt that ended came to; absent before. In SENT it may be another attempt than
+        the accepted one; GetMessage shows all.
+        """
 
     def __init__(
         self,

@@ -182,7 +182,7 @@ class StateChanged(_message.Message):
     @_builtins.property
     def attempt(self) -> _delivery_pb2.Attempt:
         """The attempt that made the change: on entering SENDING the one that starts, on leaving it the one
-        that ended. Absent where no attempt did.
+        that ended. Absent where no attempt did, and where an earlier one turned out to be accepted.
         """
 
     def __init__(

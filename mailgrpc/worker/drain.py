@@ -16,7 +16,7 @@ and from the clock: a claim that finds nothing answers when the next delivery wi
 
 When PostgreSQL breaks off. A claim whose answer was lost has leased rows that we do not know of,
 and so has a batch that failed between claim and start: before the next claim, everything of this
-channel that our session holds without a start is given back, and a new turn begins, in which
+channel that our session holds without a start is given back, and a new epoch begins, in which
 nothing of the old one can come late (sessions.py). A start whose answer was lost is run again with
 the same attempts until it answers, which then says what may be sent; nothing is sent before. Were it
 given up, its deliveries would stay in SENDING for as long as our session lives; where PostgreSQL
@@ -47,7 +47,7 @@ from mailgrpc.db.deliveries import (
     release_claims,
     start_deliveries,
 )
-from mailgrpc.db.engine import AmbiguousCommit, Database, SessionEnded
+from mailgrpc.db.engine import AmbiguousCommit, Database, SessionEnded, SessionGivenUp
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
 from mailgrpc.providers.provider import Provider
@@ -108,7 +108,7 @@ class Drain:
         )
         self._wake = asyncio.Event()
         self._after_project = 0
-        self._turn = 0  # sessions.py: counts what was given back because its fate was not known
+        self._epoch = 0  # sessions.py: counts what was given back because its fate was not known
         self._claims_astray = False
         self._suspect: uuid.UUID | None = None  # passed over by the last claim
         self._ended_id: int | None = None  # a session that was told to have ended
@@ -164,6 +164,11 @@ class Drain:
                 await self._recorder.flushed()
                 self._is_behind = False
             idle_s = await self.drain_once()
+        except SessionGivenUp as error:
+            log.error("worker session %d is given up: %s", session_id, error, exc_info=error)
+            self._ended_id = session_id
+            with contextlib.suppress(StoreUnavailable):
+                await self._session.give_up(session_id)
         except SessionEnded:
             self._ended_id = session_id
         except StoreUnavailable as error:
@@ -182,8 +187,8 @@ class Drain:
 
     async def _give_back_astray(self) -> None:
         if self._claims_astray:
-            self._turn += 1
-            await self._session.give_back(self._session.session_id, self.channel, self._turn)
+            self._epoch += 1
+            await self._session.give_back(self._session.session_id, self.channel, self._epoch)
             self._claims_astray = False
 
     async def drain_once(self) -> float | None:
@@ -200,7 +205,7 @@ class Drain:
             self.channel,
             most,
             self._after_project,
-            turn=self._turn,
+            epoch=self._epoch,
             suspect=self._suspect,
         )
         self._suspect = claims.suspect
@@ -303,7 +308,7 @@ class Drain:
             failpoints.reach("drain.start")
             try:
                 started = await start_deliveries(
-                    self._database, session_id, self._lane, starting, turn=self._turn
+                    self._database, session_id, self._lane, starting, epoch=self._epoch
                 )
                 if in_doubt:  # what is found done may not be on the standby yet
                     await self._database.confirm()
@@ -318,11 +323,8 @@ class Drain:
                 refusals += 1
                 if not in_doubt or self._stopping:
                     raise
-                log.exception("a start on channel %s is refused", self.channel)
                 if refusals >= _REFUSALS:
-                    raise SessionEnded(
-                        "a start in doubt is refused; its session is given up"
-                    ) from error
+                    raise SessionGivenUp("a start in doubt is refused for good") from error
             else:
                 # Its first try may still be on the way, and must not find these rows claimed anew.
                 self._claims_astray = self._claims_astray or in_doubt

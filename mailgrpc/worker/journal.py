@@ -47,11 +47,11 @@ from typing import ParamSpec, TypeVar
 from mailgrpc.db.deliveries import Recorded
 from mailgrpc.worker.journal_entry import pack
 from mailgrpc.worker.journal_file import (
-    NOBODY,
+    NO_INSTALLATION,
     DiskFile,
     Foreign,
-    OfOthers,
     OpenFile,
+    OtherInstallation,
     SlotFile,
     set_aside,
 )
@@ -78,7 +78,7 @@ class Journal:
         self._open_file = open_file
         self._file: SlotFile | None = None
         self._adopted: list[SlotFile] = []
-        self._installation = NOBODY
+        self._installation = NO_INSTALLATION
         self._told_of: set[tuple[Path, str]] = set()
         self._is_closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -89,7 +89,7 @@ class Journal:
         self._writer: asyncio.Task[None] | None = None
         self.trouble = ""  # why nothing may be started; empty: all is well
 
-    async def open(self, installation: uuid.UUID = NOBODY) -> list[Recorded]:
+    async def open(self, installation: uuid.UUID = NO_INSTALLATION) -> list[Recorded]:
         """Take a file; the results that an earlier holder left in it, which are ours now.
 
         Only of this `installation` (db/schema.py): to the database of another one they say nothing.
@@ -107,9 +107,8 @@ class Journal:
 
     def _take_file(self) -> tuple[SlotFile, list[Recorded]]:
         for path in self._others():
-            with contextlib.suppress(OSError):  # it is tried again, with those that are adopted
-                if (taken := self._take_over(path)) is not None:
-                    return taken
+            if (taken := self._try_over(path)) is not None:
+                return taken
         return self._create(), []
 
     def _create(self) -> SlotFile:
@@ -122,14 +121,21 @@ class Journal:
         held = {f.path for f in (self._file, *self._adopted) if f is not None}
         return sorted(p for p in self._directory.glob(f"*{SUFFIX}") if p not in held)
 
+    def _try_over(self, path: Path) -> tuple[SlotFile, list[Recorded]] | None:
+        try:
+            return self._take_over(path)
+        except OSError as error:
+            self._tell_once(path, logging.WARNING, "cannot be taken over now: %s", error)
+            return None
+
     def _take_over(self, path: Path) -> tuple[SlotFile, list[Recorded]] | None:
         """A file that nobody holds, with what is live in it, in a whole one where it was damaged."""
         try:
             file, found = SlotFile.take_over(path, self._open_file, self._installation)
         except (BlockingIOError, FileNotFoundError):
             return None
-        except OfOthers:
-            self._tell_once(path, logging.WARNING, "is of another installation, and left alone")
+        except OtherInstallation:
+            self._tell_once(path, logging.INFO, "is of another installation, and left alone")
             return None
         except Foreign as error:
             log.error("the journal %s is set aside: %s", path, error)
@@ -186,14 +192,10 @@ class Journal:
     def _adopt(self) -> list[Recorded]:
         found: list[Recorded] = []
         for path in [] if self._is_closed else self._others():
-            try:
-                taken = self._take_over(path)
-            except OSError as error:
-                self._tell_once(path, logging.WARNING, "cannot be taken over now: %s", error)
-                continue
-            if taken is not None:
+            if (taken := self._try_over(path)) is not None:
                 self._adopted.append(taken[0])
                 found += taken[1]
+        self._told_of = {told for told in self._told_of if told[0].exists()}
         for file in [f for f in self._adopted if not f.live]:
             self._adopted.remove(file)
             file.close()

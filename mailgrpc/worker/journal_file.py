@@ -43,8 +43,8 @@ class File(Protocol):
     def sync(self) -> None:
         """Return when everything written is on the disk. Raises OSError."""
 
-    def read(self) -> bytes:
-        """The whole content."""
+    def read(self, most: int | None = None) -> bytes:
+        """The whole content, or its first bytes."""
 
     def close(self) -> None:
         """Let go of the file and of its lock."""
@@ -73,8 +73,10 @@ class DiskFile:
         """See File."""
         _SYNC(self._fd)
 
-    def read(self) -> bytes:
+    def read(self, most: int | None = None) -> bytes:
         """See File."""
+        if most is not None:
+            return os.pread(self._fd, most, 0)
         parts, offset = [], 0
         while part := os.pread(self._fd, 1 << 20, offset):
             parts.append(part)
@@ -89,15 +91,15 @@ class DiskFile:
 OpenFile = Callable[..., File]
 
 
-NOBODY = uuid.UUID(int=0)
-"""The installation of a file from before there were any."""
+NO_INSTALLATION = uuid.UUID(int=0)
+"""In files from before there were any; who takes one over makes it his."""
 
 
 class Foreign(Exception):
     """A file that this version did not write."""
 
 
-class OfOthers(Exception):
+class OtherInstallation(Exception):
     """A file of another installation, whose database knows nothing of ours."""
 
 
@@ -119,7 +121,7 @@ class SlotFile:
         suffix: str,
         slots: int,
         open_file: OpenFile,
-        installation: uuid.UUID = NOBODY,
+        installation: uuid.UUID = NO_INSTALLATION,
     ) -> SlotFile:
         """A new file, all of it on the disk. Raises OSError; nothing is left then."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -143,20 +145,23 @@ class SlotFile:
 
     @classmethod
     def take_over(
-        cls, path: Path, open_file: OpenFile, installation: uuid.UUID = NOBODY
+        cls, path: Path, open_file: OpenFile, installation: uuid.UUID = NO_INSTALLATION
     ) -> tuple[SlotFile, list[Recorded]]:
         """A file that nobody holds, and what is live in it.
 
-        Raises BlockingIOError where somebody does, FileNotFoundError, OfOthers, Foreign, OSError.
+        Raises BlockingIOError where somebody does, FileNotFoundError, OtherInstallation, Foreign, OSError.
         """
         file = open_file(path)
         try:
             if not path.exists():  # its holder removed it between our two steps
                 raise FileNotFoundError(path)
+            # First whose it is: another's is met every second, and 8 MiB.
+            slots, owner = _header_of(file.read(_HEADER.size))
+            if owner not in (NO_INSTALLATION, installation):
+                raise OtherInstallation(path)
             content = file.read()
-            slots, owner = _header_of(content)
-            if owner not in (NOBODY, installation):
-                raise OfOthers(path)
+            if len(content) < SLOT_BYTES * (slots + 1):
+                raise Foreign("it is shorter than it says")
             taken = cls(path, file, slots)
             found = taken._read(content, slots)
             if owner != installation:  # from before there were any: ours from now on
@@ -253,8 +258,6 @@ def _header_of(content: bytes) -> tuple[int, uuid.UUID]:
     magic, slot_bytes, slots, owner = _HEADER.unpack_from(content)
     if magic != _MAGIC or slot_bytes != SLOT_BYTES:
         raise Foreign("it is not a journal of this version")
-    if len(content) < SLOT_BYTES * (slots + 1):
-        raise Foreign("it is shorter than it says")
     return int(slots), uuid.UUID(bytes=owner)
 
 

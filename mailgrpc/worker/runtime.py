@@ -161,7 +161,7 @@ class Worker:
         await self._recorder.close()
         await self._session.stop(
             max(0.0, began_at + grace_s * _SESSION_SHARE - clock()),
-            at_once=not len(self._recorder),
+            leaves_results=len(self._recorder) > 0,
         )
         await self._journal.close()
         await asyncio.gather(
@@ -212,7 +212,7 @@ class Worker:
     def _state(self) -> tuple[str, Sequence[str]]:
         """Why nothing is started, and the channels that pause: said with each beat."""
         paused = [drain.channel for drain in self._drains if not drain.breaker.is_closed]
-        return self._journal.trouble, paused
+        return self.held, paused
 
     async def _listen(self) -> None:
         while True:

@@ -5,7 +5,7 @@ with a session that has ended.
 
 How. A session is a row with a beat counter. It beats by one UPDATE; its leases are the rows of
 `due` that carry its id, so renewing them costs nothing. The reaper, which runs in every worker,
-compares no wall clocks: it ends a session whose beat it has itself seen unchanged for the whole
+judges a silence by no wall clock: it ends a session whose beat it has itself seen unchanged for the whole
 lease, by its own monotonic clock, with PostgreSQL answering throughout. An outage of PostgreSQL
 stops all beats at once, so whatever the reaper had seen before it counts for nothing after it.
 
@@ -21,7 +21,7 @@ wire is still recorded, by the rule on late results.
 
 What comes late. A network may deliver a statement after its worker gave it up, on a connection that
 is long replaced. An ending would refuse it; a session that lives would not, and what such a claim
-leases nobody knows of. So the claims of a channel are counted in turns: a worker in doubt begins a
+leases nobody knows of. So the claims of a channel are counted in epochs: a worker in doubt begins a
 new one before it gives everything back, and what belongs to an older one then does nothing
 (`claim_due` and `start_deliveries` in the database).
 
@@ -43,7 +43,7 @@ from mailgrpc import failpoints
 from mailgrpc.db.engine import Database, SessionEnded
 from mailgrpc.db.workers import (
     beat,
-    begin_turn,
+    begin_epoch,
     end_session,
     mark_reaped,
     open_session,
@@ -119,29 +119,38 @@ class Session:
                 log.warning("worker session %d was ended; taking a new one", ended_id)
                 await self._open()
 
-    async def give_back(self, session_id: int, channel: str, turn: int) -> None:
-        """Release what this session holds of a channel and has not started, and begin a new turn.
+    async def give_back(self, session_id: int, channel: str, epoch: int) -> None:
+        """Release what this session holds of a channel and has not started, and begin a new epoch.
 
         Claims whose answer was lost are waited for, so that they are seen, and those that did not
         come to PostgreSQL yet will take nothing. Raises SessionEnded, StoreUnavailable.
         """
         asked_at = self._clock()
-        if not await begin_turn(self._database, session_id, channel, turn, *self._state()):
+        if not await begin_epoch(self._database, session_id, channel, epoch, *self._state()):
             raise SessionEnded(f"worker session {session_id} has ended")
         self._heard(session_id, asked_at)
         await release_unstarted(self._database, session_id, lost=False, channel=channel)
+
+    async def give_up(self, session_id: int) -> None:
+        """End a session of ours that has started what it does not know of. Raises StoreUnavailable.
+
+        What is on the wire has a lease to come back.
+        """
+        await release_unstarted(self._database, session_id, lost=False)
+        await end_session(self._database, session_id, settle_after_s=self._lease_s)
+        await release_unstarted(self._database, session_id, lost=False)
 
     def may_send(self, session_id: int) -> bool:
         """The last look: whether nobody can have taken over what `session_id` has started."""
         until = self._beaten_at + self._lease_s * (1 - _MARGIN)
         return session_id == self._id and self._clock() < until
 
-    async def stop(self, within_s: float = _CLOSE_S, *, at_once: bool = True) -> None:
+    async def stop(self, within_s: float = _CLOSE_S, *, leaves_results: bool = False) -> None:
         """End the session. What is still SENDING in it is left to the reaper of another worker.
 
-        Not `at_once`: it starts nothing more, and what it has started is settled after a lease, as
-        it would be after a kill. For a worker that leaves results in its journal: whoever takes that
-        over must not come after the reaper.
+        With `leaves_results`, in a journal, what it has started is settled no earlier than after a
+        lease, by PostgreSQL's clock, as it would be after a kill: whoever takes the journal over must
+        not come after the reaper.
         """
         session_id, self._id = self._id, 0
         if self._task is not None:
@@ -152,8 +161,8 @@ class Session:
                 # Before, so that no reaper finds it first and takes it for left by a death; and after,
                 # because a claim that was under way came to its end before the session did.
                 await release_unstarted(self._database, session_id, lost=False)
-                after_s = 0.0 if at_once else self._lease_s
-                await end_session(self._database, session_id, after_s=after_s)
+                settle_after_s = self._lease_s if leaves_results else 0.0
+                await end_session(self._database, session_id, settle_after_s=settle_after_s)
                 await release_unstarted(self._database, session_id, lost=False)
                 await mark_reaped(self._database, session_id)
         except (StoreUnavailable, TimeoutError) as error:

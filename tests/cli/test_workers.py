@@ -75,14 +75,14 @@ def test_one_that_misses_its_beats_is_late(
     asyncio.run(fill())
     monkeypatch.setenv("MAILGRPC_DATABASE_URL", database_url)
     [line] = CliRunner().invoke(root, ["workers"]).stdout.splitlines()
-    assert line.split("\t")[1].startswith("late: no beat for 14")
+    assert line.split("\t")[1].startswith("late: no beat for ")
 
 
 def test_doctor_names_those_that_start_nothing(listed: list[str]) -> None:
     result = CliRunner().invoke(root, ["--target", "127.0.0.1:1", "doctor"])
     assert result.exit_code == 1
     [line] = [line for line in result.stdout.splitlines() if "\tworkers\t" in line]
-    assert line.startswith("✗\tworkers\t0 of 4 work; host:1 paused: bulk; host:2 held: the journal")
+    assert line.startswith("✗\tworkers\t0 of 3 work; host:1 paused: bulk; host:2 held: the journal")
 
 
 def test_doctor_takes_a_misspelt_setting_for_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,3 +38,18 @@ def test_an_empty_variable_is_as_good_as_none() -> None:
 def test_a_port_is_written_in_plain_digits() -> None:
     with pytest.raises(SettingsError, match="MAILGRPC_LISTEN"):
         load_settings({"MAILGRPC_LISTEN": "127.0.0.1:\uff11\uff12"})
+
+
+def test_what_kubernetes_injects_for_a_service_of_our_name_is_not_told() -> None:
+    told: list[str] = []
+    environ = {
+        "MAILGRPC_PORT": "tcp://10.0.0.1:50051",
+        "MAILGRPC_SERVICE_HOST": "10.0.0.1",
+        "MAILGRPC_SERVICE_PORT_GRPC": "50051",
+        "MAILGRPC_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "MAILGRPC_WORKER_SERVICE_PORT": "1",
+        "MAILGRPC_LEASE": "3",
+    }
+    load_settings(environ, warn=told.append)
+    assert len(told) == 1
+    assert told[0].startswith("MAILGRPC_LEASE is not a setting")

@@ -57,7 +57,7 @@ def _send_before_the_start() -> None:
         async def later() -> None:
             await drain.asyncio.sleep(2)
             await start_deliveries(
-                self._database, session_id, self._lane, starting, turn=self._turn
+                self._database, session_id, self._lane, starting, epoch=self._epoch
             )
 
         self._later = drain.asyncio.create_task(later())

@@ -59,7 +59,7 @@ class Proxy:
     async def set(self, mood: str) -> None:
         """From now on; connections that a silence has met are broken when it ends."""
         spoilt = self._mood in ("silent", "deaf")
-        if self._mood == "late" != mood:
+        if self._mood == "late" and mood != "late":
             held, self._arrival = self._arrival, asyncio.Event()
             asyncio.get_running_loop().call_later(LATE_S, held.set)
         self._mood = mood

@@ -251,10 +251,10 @@ class Storm:
 
     async def _line(self, line: str, mood: str) -> int:
         await self._world.lines[line].set(mood)
-        longest_s = 1.5 * LEASE_S if line == "PostgreSQL" else 3
-        if mood == "late":
-            longest_s = 1.5 * PATIENCE_S  # so that what is held back has been given up
-        await asyncio.sleep(self._rng.uniform(0.5, longest_s))
+        shortest_s, longest_s = 0.5, 1.5 * LEASE_S if line == "PostgreSQL" else 3
+        if mood == "late":  # so that what is held back has been given up
+            shortest_s, longest_s = PATIENCE_S + 1, 1.5 * PATIENCE_S
+        await asyncio.sleep(self._rng.uniform(shortest_s, longest_s))
         await self._world.lines[line].set("pass")
         if mood == "late":
             await asyncio.sleep(2 * LATE_S)

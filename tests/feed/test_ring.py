@@ -384,11 +384,12 @@ async def _follow_what_is_named(actions: list[tuple[str, Any]], back: int) -> No
         ask()
         append()
     for n, (_, names, start, shown) in enumerate(readers):
-        while read(n):
+        while read(n) or not ring.has(readers[n][0]):
             pass
         assert shown == [
             e.seq for e in table if e.seq > start and (not names or e.message_id in names)
         ]
+        assert readers[n][0].place == ring.place  # so that its token says so
 
 
 async def test_a_page_without_anything_for_anybody_takes_everybody_along() -> None:

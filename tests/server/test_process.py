@@ -116,7 +116,8 @@ async def test_health_tells_that_the_last_worker_died_without_a_word(
 def test_a_session_lives_as_long_as_its_beat_moves() -> None:
     def session(number: int, beat: int, *, ended: bool = False, held: str = "") -> SessionRow:
         now = datetime(2026, 1, 1, tzinfo=UTC)
-        return SessionRow(number, "", (), now, beat, now, now if ended else None, 10.0, held, ())
+        ended_at = now if ended else None
+        return SessionRow(number, "", (), now, beat, now, ended_at, ended, 10.0, held, ())
 
     witness = Witness()
     assert not witness.any_works([], 0.0)

@@ -31,8 +31,8 @@ class LossyFile:
         self._unsynced.clear()
         self._disk.sync()
 
-    def read(self) -> bytes:
-        return self._disk.read()
+    def read(self, most: int | None = None) -> bytes:
+        return self._disk.read(most)
 
     def close(self) -> None:
         self._disk.close()

@@ -257,6 +257,13 @@ class Store:
         [row] = await self.db.fetch(sql, *args)
         return row[0]
 
+    async def until(self, sql: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Return when this is true."""
+        async with asyncio.timeout(10):
+            while not await self.value(sql):
+                meanwhile()
+                await asyncio.sleep(0.01)
+
     async def due_rows(self) -> int:
         return int(await self.value("SELECT count(*) FROM due"))
 

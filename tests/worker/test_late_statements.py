@@ -23,9 +23,10 @@ from mailgrpc.db.deliveries import (
     start_deliveries,
 )
 from mailgrpc.db.engine import AmbiguousCommit, Database
-from mailgrpc.db.workers import begin_turn, open_session
+from mailgrpc.db.workers import begin_epoch, open_session
 from mailgrpc.errors import SchemaError, StoreUnavailable
 from mailgrpc.worker.sweep import Reaper
+from tests.gateway import until
 from tests.worker.rig import ACCEPTED, Clock, LossyDatabase, Part, Scripted, Store, outlive_lease
 
 GREYLISTED = Result(Outcome.DEFERRED, Cause.RATE_LIMITED, 450, text="come back")
@@ -44,6 +45,8 @@ class LateLine:
         self._login, self._path = parts.netloc.rpartition("@")[0], parts.path
         self._stalled: list[asyncio.Event] = []
         self._is_stalling = False
+        self._held_up = 0
+        self.was_reset = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> LateLine:
@@ -57,6 +60,16 @@ class LateLine:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether something is on its way."""
+        return bool(self._held_up)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether nothing is any more."""
+        return not self._held_up
 
     def stall(self) -> None:
         """What is written from now on does not arrive yet."""
@@ -78,15 +91,27 @@ class LateLine:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    async def _read(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            return await reader.read(65536)
+        except ConnectionResetError:
+            self.was_reset = True
+            raise
+
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, may_stall: bool
     ) -> None:
         with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
+            while data := await self._read(reader):
                 if may_stall and self._is_stalling:
                     event = asyncio.Event()
                     self._stalled.append(event)
+                    self._held_up += 1
                     await event.wait()
+                    writer.write(data)
+                    await writer.drain()
+                    self._held_up -= 1
+                    continue
                 writer.write(data)
                 await writer.drain()
         writer.close()
@@ -100,16 +125,16 @@ async def test_a_claim_that_arrives_after_it_was_given_up_holds_no_mail(
         try:
             async with Part(through.with_patience(0.5), clock) as part:
                 running = asyncio.create_task(part.drain.run())
-                await asyncio.sleep(0.1)  # it found nothing and waits
+                await until(lambda: part.drain._wake.is_set() is False)
                 line.stall()
                 part.drain.wake()  # claims into the silence
-                await asyncio.sleep(0.3)
+                await until(lambda: line.has_stalled)
                 line.heal()
-                await asyncio.sleep(2)  # patience is over; all claims were given back; it drains
+                await store.until("SELECT epochs ->> 'default' = '1' FROM workers")
                 message = await store.put(mode=Mode.RETRYING)
                 line.arrive()  # the old claim, now; nobody has rung for the message
-                await asyncio.sleep(0.3)
-                async with asyncio.timeout(5):
+                await until(lambda: line.has_arrived)
+                async with asyncio.timeout(10):
                     while await store.state(message) is not State.SENT:
                         part.drain.wake()
                         await asyncio.sleep(0.05)
@@ -130,19 +155,19 @@ async def test_what_belongs_to_an_earlier_turn_does_nothing(db: Database, store:
     step = next_step(started.delivery, GREYLISTED, now, DEFAULT_POLICY, random.Random(1))
     await record_outcomes(db, 0, [Recorded.of(started, "smtp", now, GREYLISTED, step)])
     await store.make_due()
-    assert await begin_turn(db, session, "default", 1)
-    with pytest.raises(asyncpg.PostgresError, match="turn"):
+    assert await begin_epoch(db, session, "default", 1)
+    with pytest.raises(asyncpg.PostgresError, match="epoch"):
         await claim_due(db, session, "default", 10, 0)
-    assert (await claim_due(db, session, "default", 10, 0, turn=1)).claimed  # the retry
+    assert (await claim_due(db, session, "default", 10, 0, epoch=1)).claimed  # the retry
     assert await start_deliveries(db, session, 0, first) == []  # the first try arrives
     assert await store.state(message) is State.DEFERRED
     second = [Starting(delivery_id(message, 1), new_id(), new_id())]
-    assert len(await start_deliveries(db, session, 0, second, turn=1)) == 1
+    assert len(await start_deliveries(db, session, 0, second, epoch=1)) == 1
 
-    await store.put(channel="other")  # whose turn is another one
+    await store.put(channel="other")  # whose epoch is another one
     assert (await claim_due(db, session, "other", 10, 0)).claimed
-    assert await begin_turn(db, session, "default", 0)  # one that comes late takes nothing back
-    assert await store.value("SELECT turns ->> 'default' FROM workers") == "1"
+    assert await begin_epoch(db, session, "default", 0)  # one that comes late takes nothing back
+    assert await store.value("SELECT epochs ->> 'default' FROM workers") == "1"
 
 
 @pytest.mark.parametrize("lost", ["claim_due", "start_deliveries"])
@@ -153,10 +178,7 @@ async def test_after_a_doubt_a_new_turn_begins(
     lossy.lose_answer(lost)
     async with Part(lossy, clock) as part:
         running = asyncio.create_task(part.drain.run())
-        async with asyncio.timeout(10):
-            while await store.value("SELECT turns ->> 'default' FROM workers") != "1":
-                part.drain.wake()
-                await asyncio.sleep(0.01)
+        await store.until("SELECT epochs ->> 'default' = '1' FROM workers", part.drain.wake)
         await part.recorded()
         later = await store.put()
         async with asyncio.timeout(10):
@@ -220,6 +242,20 @@ async def test_a_write_whose_connection_ends_is_in_doubt(
     await other.close()
 
 
+async def test_what_was_given_up_is_taken_back_from_the_kernel(database_url: str) -> None:
+    """A closed socket would go on sending what it holds, to whoever reads again much later."""
+    async with LateLine(database_url) as line:
+        impatient = Database(line.url, pool_size=1).with_patience(0.3)
+        await impatient.open()
+        line.stall()
+        with pytest.raises(AmbiguousCommit):
+            # More than the line's first read takes, so that the rest is still the kernel's.
+            await impatient.write("SELECT length($1)", "x" * 8_000_000)
+        line.arrive()
+        await until(lambda: line.was_reset)
+        await impatient.close()
+
+
 class Refusing(LossyDatabase):
     """Loses the answer of the first start, and refuses every other of that session."""
 
@@ -247,7 +283,8 @@ async def test_a_start_in_doubt_that_is_refused_for_good_is_left_to_the_reaper(
         async with asyncio.timeout(10):
             while part.session.session_id == first:
                 await asyncio.sleep(0.01)
-        await outlive_lease_of_others(db, part, clock)
+        await db.write("UPDATE workers SET ended_at = ended_at - make_interval(secs => lease_s)")
+        await part.reaper.reap()
         assert await store.state(message) is State.OUTCOME_UNKNOWN
         later = await store.put()
         part.drain.wake()
@@ -259,39 +296,38 @@ async def test_a_start_in_doubt_that_is_refused_for_good_is_left_to_the_reaper(
     await refusing.close()
 
 
-async def outlive_lease_of_others(db: Database, part: Part, clock: Clock) -> None:
-    """As `outlive_lease`, while the session of `part` beats."""
-    reaper = Reaper(db, lane=0, clock=clock)
-    for _ in range(8):
-        await part.session._beat(db, part.session.session_id)
-        await reaper.reap()
-        clock.now += 5.0
-
-
-# A start between the ending and the release of a stop that was cut short.
-
-
 class SlowLine(LossyDatabase):
-    """The start is on its way until the beat of the stop was answered; the release waits for it."""
+    """The start reaches PostgreSQL just before the stop's release, and both meet on its rows."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.is_stopping = False
         self.start_sent = asyncio.Event()
-        self._beaten = asyncio.Event()
+        self._release_asked = asyncio.Event()
 
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
         if "start_deliveries" in sql:
             self.start_sent.set()
             return await asyncio.shield(asyncio.create_task(self._start(sql, *args)))
-        if self.is_stopping and "UPDATE due" in sql and not self._beaten.is_set():
-            self._beaten.set()
-            await asyncio.sleep(0.2)  # the start comes to the server first
+        if self.is_stopping and "release_claims" in sql and not self._release_asked.is_set():
+            self._release_asked.set()
+            await waiting_for_a_lock(self, "start_deliveries")
         return await super().write(sql, *args)
 
     async def _start(self, sql: str, *args: Any) -> list[asyncpg.Record]:
-        await self._beaten.wait()
+        await self._release_asked.wait()
         return await super().write(sql, *args)
+
+
+async def waiting_for_a_lock(db: Database, function: str) -> None:
+    """Return when a call of it waits for a row that somebody else holds."""
+    async with asyncio.timeout(10):
+        while not await db.fetch(
+            """SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'
+               AND query LIKE '%' || $1 || '%' AND pid <> pg_backend_pid()""",
+            function,
+        ):
+            await asyncio.sleep(0.01)
 
 
 async def test_a_stop_in_the_midst_of_a_start_takes_no_lease_from_what_is_sending(
@@ -305,28 +341,25 @@ async def test_a_stop_in_the_midst_of_a_start_takes_no_lease_from_what_is_sendin
     once = asyncio.create_task(part.drain.drain_once())
     await slow.start_sent.wait()
     slow.is_stopping = True
-    # Something reads the row for long (a Resend, a Clear, another start): here so that the two
-    # statements surely meet.
-    blocker = await asyncpg.connect(database_url)
+    # Something holds the row for long (a Resend, a Clear, another start): so the two surely meet.
+    blocker = await asyncpg.connect(database_url, server_settings={"search_path": "mailgrpc"})
     transaction = blocker.transaction()
     await transaction.start()
-    await blocker.execute("SET search_path = mailgrpc; SELECT FROM deliveries FOR UPDATE")
+    await blocker.execute("SELECT FROM deliveries FOR UPDATE")
     # In the order of Worker.stop. Whoever waits for a start may be cancelled, the start goes on.
     once.cancel()
     await asyncio.gather(once, return_exceptions=True)
     await part.drain.abandon()
     await part.recorder.close()
-    stopping = asyncio.create_task(part.session.stop(5))
-    await asyncio.sleep(1)
+    stopping = asyncio.create_task(part.session.stop(10))
+    await waiting_for_a_lock(db, "release_claims")
     await transaction.rollback()
     await blocker.close()
     await stopping
     await part.journal.close()
+    assert await store.state(message) is State.SENDING
+    assert await store.value("SELECT session_id FROM due") is not None
     reaper_clock = Clock()
     await outlive_lease(Reaper(db, lane=0, clock=reaper_clock), reaper_clock)
-    async with Part(db, clock) as other:  # a worker that lives on
-        await store.make_due()
-        await other.work()
-        await other.reaper.reap()
-        assert await store.state(message) is not State.SENDING
+    assert await store.state(message) is State.DEFERRED
     await slow.close()

@@ -21,8 +21,8 @@ from mailgrpc.core.delivery import (
     Result,
     State,
     Step,
-    informed_step,
     late_step,
+    step_beside_acceptance,
 )
 from mailgrpc.core.retry import RetryPolicy
 from mailgrpc.db.deliveries import Recorded, Started
@@ -222,7 +222,9 @@ class World:
         step: Step | None = None
         if self.is_running(attempt):
             known = any(t.known is Outcome.ACCEPTED for t in mail.tries)
-            step = informed_step(running, self.row(mail).delivery, another_was_accepted=known)
+            step = step_beside_acceptance(
+                running, self.row(mail).delivery, another_was_accepted=known
+            )
             mail.spared += step.spares
         elif is_news:
             others = any(

@@ -1,4 +1,4 @@
-"""Turns, the identity of a database, and results of attempts that were overtaken."""
+"""Epochs, the identity of a database, and results of attempts that were overtaken."""
 
 from __future__ import annotations
 

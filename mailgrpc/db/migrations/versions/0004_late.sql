@@ -9,26 +9,28 @@ CREATE TABLE installation (
 );
 INSERT INTO installation DEFAULT VALUES;
 
--- A worker that does not know what became of a claim gives everything back and begins a new turn on
--- that channel. What belongs to an earlier turn, and comes after that, does nothing.
-ALTER TABLE workers ADD COLUMN turns jsonb NOT NULL DEFAULT '{}';  -- channel -> turn
-ALTER TABLE due ADD COLUMN turn integer NOT NULL DEFAULT 0;  -- in which its session claimed it
+-- A worker that does not know what became of a claim gives everything back and begins a new epoch on
+-- that channel. What belongs to an earlier epoch, and comes after that, does nothing.
+ALTER TABLE workers ADD COLUMN epochs jsonb NOT NULL DEFAULT '{}';  -- channel -> epoch
+COMMENT ON COLUMN workers.ended_at IS 'ahead of now: ended, and not to be settled before';
+ALTER TABLE due ADD COLUMN epoch integer NOT NULL DEFAULT 0;  -- in which its session claimed it
 
 DROP FUNCTION claim_due(bigint, text, integer, integer);
 DROP FUNCTION start_deliveries(bigint, integer, uuid[], uuid[], uuid[]);
 
 -- Lease up to p_limit due deliveries of a channel to a session. Changes no state.
 --
--- Projects take turns, from the one after p_after_project on, each with an equal share of the
--- batch; within a project the higher priority goes first. Each range is read along the index, so
--- the cost does not depend on what waits elsewhere. A delivery with which two workers have died is
--- claimed alone: not beside others, and no others beside it, so that whoever dies next with it says
--- something about it, and nothing about its neighbours. One that was passed over for others is named
--- in a row without claims, and the next claim, with p_suspect, takes it before all else. Where
+-- Projects are served round robin, from the one after p_after_project on, each with an equal share
+-- of the batch; within a project the higher priority goes first. Each range is read along the index,
+-- so the cost does not depend on what waits elsewhere. A delivery with which two workers have died
+-- is claimed alone: not beside others, and no others beside it, so that whoever dies next with it
+-- says something about it, and nothing about its neighbours. One that was passed over for others is
+-- named in a row without claims, and the next claim, with p_suspect, takes it before all else. Where
 -- nothing was due, one row without delivery_id says in how many seconds something will be, by this
--- server's clock (NULL: nothing is waiting).
+-- server's clock (NULL: nothing is waiting). A claim of an epoch before the one that has begun on the
+-- channel is refused (MG003).
 CREATE FUNCTION claim_due(
-    p_session bigint, p_channel text, p_limit integer, p_after_project integer, p_turn integer,
+    p_session bigint, p_channel text, p_limit integer, p_after_project integer, p_epoch integer,
     p_suspect uuid
 ) RETURNS TABLE (
     delivery_id uuid, project_id integer, claims smallint, next_due_in_s double precision
@@ -48,17 +50,17 @@ DECLARE
     v_plain    uuid[];
     v_suspect  uuid;
     v_passed   uuid;
-    v_turn     integer;
+    v_epoch     integer;
 BEGIN
     -- Shared with other claims and starts, exclusive of the reaper: who got here is not ended
     -- before this transaction is, and its claims are then seen by the reaper.
-    SELECT coalesce((w.turns ->> p_channel)::integer, 0) INTO v_turn
+    SELECT coalesce((w.epochs ->> p_channel)::integer, 0) INTO v_epoch
     FROM workers w WHERE w.id = p_session AND w.ended_at IS NULL FOR SHARE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker session % has ended', p_session USING ERRCODE = 'MG001';
     END IF;
-    IF v_turn > p_turn THEN
-        RAISE EXCEPTION 'a claim of turn % comes after turn % began', p_turn, v_turn
+    IF v_epoch > p_epoch THEN
+        RAISE EXCEPTION 'a claim of epoch % comes after epoch % began', p_epoch, v_epoch
             USING ERRCODE = 'MG003';
     END IF;
 
@@ -66,7 +68,7 @@ BEGIN
         PERFORM FROM due d WHERE d.delivery_id = p_suspect AND d.channel = p_channel
             AND d.due_at <= v_now AND d.session_id IS NULL FOR UPDATE SKIP LOCKED;
         IF FOUND THEN
-            RETURN QUERY UPDATE due d SET session_id = p_session, turn = p_turn,
+            RETURN QUERY UPDATE due d SET session_id = p_session, epoch = p_epoch,
                 claims = d.claims + 1
             WHERE d.delivery_id = p_suspect
             RETURNING d.delivery_id, d.project_id, d.claims, NULL::double precision;
@@ -89,14 +91,14 @@ BEGIN
                 ORDER BY d.due_at, d.delivery_id LIMIT v_share
                 FOR UPDATE SKIP LOCKED) AS p;
             IF v_suspect IS NOT NULL AND v_left = p_limit THEN
-                RETURN QUERY UPDATE due d SET session_id = p_session, turn = p_turn,
+                RETURN QUERY UPDATE due d SET session_id = p_session, epoch = p_epoch,
                     claims = d.claims + 1
                 WHERE d.delivery_id = v_suspect
                 RETURNING d.delivery_id, d.project_id, d.claims, NULL::double precision;
                 RETURN;
             END IF;
             v_passed := coalesce(v_passed, v_suspect);
-            RETURN QUERY UPDATE due d SET session_id = p_session, turn = p_turn,
+            RETURN QUERY UPDATE due d SET session_id = p_session, epoch = p_epoch,
                 claims = d.claims + 1
             WHERE d.delivery_id = ANY (v_plain)
             RETURNING d.delivery_id, d.project_id, d.claims, NULL::double precision;
@@ -114,10 +116,12 @@ BEGIN
     END IF;
 END $$;
 
--- Move what was claimed in this turn to SENDING, each with its new attempt. See 0001 and 0003.
+-- Move what this session claimed in this epoch to SENDING, each with its new attempt, and answer what
+-- these attempts did start: asked again after a lost answer, with the same attempts, it starts nothing
+-- twice. What is expired or suppressed by now is moved there instead.
 CREATE FUNCTION start_deliveries(
     p_session bigint, p_lane integer, p_id uuid[], p_attempt uuid[], p_call uuid[],
-    p_turn integer
+    p_epoch integer
 ) RETURNS SETOF deliveries LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_mergejoin = off
 SET enable_nestloop = off SET plan_cache_mode = force_generic_plan
@@ -137,7 +141,7 @@ BEGIN
     END IF;
     SELECT array_agg(q.delivery_id) INTO v_mine FROM (
         SELECT q.delivery_id FROM due q
-        WHERE q.delivery_id = ANY (p_id) AND q.session_id = p_session AND q.turn = p_turn
+        WHERE q.delivery_id = ANY (p_id) AND q.session_id = p_session AND q.epoch = p_epoch
         ORDER BY q.delivery_id FOR UPDATE
     ) q;
 
@@ -225,8 +229,20 @@ BEGIN
     RETURN v_count;
 END $$;
 
--- Write what attempts came to. As before (0002), and: what is known to have been accepted by any
--- attempt since it was last forced is not tried again, in whatever order that becomes known.
+-- Write what attempts came to: each to its attempt always, and to its delivery
+--   where that attempt is the one that is running: the state in p_state; but what another attempt is
+--   known to have had accepted, since it was last forced, is not tried again (3) and not called
+--   unknown (9): it is SENT (4);
+--   where it was taken for lost, the result is news to it, and the state is one of p_without_proof:
+--   the state in p_late_state (NULL: none), for the last one started. Of one that was overtaken only
+--   its acceptance counts, and not where a newer attempt is forced. Proof that it was not sent, but
+--   could have been tried again (outcome 2), ends OUTCOME_UNKNOWN (9) and nothing else, and that only
+--   where no other attempt was accepted or is in doubt.
+-- p_spares: the attempt does not count against the policy, and what was forced stays so.
+-- "The last one started" is also one that this database never saw start, because its primary failed
+-- over without the last commits: its number is then ahead of the delivery's.
+-- "News": the attempt had no row, or an UNKNOWN one. So running it again after a commit whose
+-- answer was lost moves nothing a second time, not even when Resend has moved it since.
 CREATE OR REPLACE FUNCTION record_outcomes(
     p_lane integer, p_id uuid[], p_attempt uuid[], p_number integer[], p_call uuid[],
     p_channel text[], p_provider text[], p_started_at timestamptz[], p_ended_at timestamptz[],
