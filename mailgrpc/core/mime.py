@@ -25,10 +25,11 @@ against the standard library's parser.
 
 from __future__ import annotations
 
+import functools
 import re
 from binascii import b2a_base64, b2a_qp
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from email.utils import format_datetime
 from hashlib import blake2b
 from urllib.parse import quote
@@ -107,7 +108,8 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
         raise ValueError("Date: the time has no zone")
     to = [r for r in message.recipients if r.role is Role.TO]
     cc = [r for r in message.recipients if r.role is Role.CC]
-    lines = [f"Date: {format_datetime(date)}", _address_field("From", (message.sender,))]
+    date_text = _date_text(date.replace(microsecond=0), date.utcoffset())
+    lines = [f"Date: {date_text}", _address_field("From", (message.sender,))]
     if message.reply_to:
         lines.append(_address_field("Reply-To", message.reply_to))
     if to:
@@ -129,6 +131,12 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
 
 
 # Header fields
+
+
+@functools.lru_cache(maxsize=256)
+def _date_text(second: datetime, offset: timedelta | None) -> str:  # noqa: ARG001
+    """The same for all mails of a second; the offset because equal moments may differ in zone."""
+    return format_datetime(second)
 
 
 def _text_field(name: str, text: str) -> str:

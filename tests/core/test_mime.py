@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from email import message_from_bytes, policy
 from email.header import decode_header, make_header
 from email.message import EmailMessage
@@ -331,3 +331,18 @@ def test_the_shortest_encoding_that_is_safe(text: str, encoding: str) -> None:
     mail = parsed(rendered(text=text))
     assert mail["Content-Transfer-Encoding"] == encoding
     assert lines_of(content_of(mail)) == lines_of(text)
+
+
+def test_equal_moments_in_two_zones_keep_their_zones() -> None:
+    """The text of a date is kept for the mails of the same second."""
+    here = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
+    there = here.astimezone(timezone(timedelta(hours=2)))
+    made = [
+        render(MAIL, rfc_message_id="<a@b>", date=date).split(b"\r\n")[0]
+        for date in (here, there, here + timedelta(microseconds=1))
+    ]
+    assert made == [
+        b"Date: Fri, 02 Jan 2026 03:04:05 +0000",
+        b"Date: Fri, 02 Jan 2026 05:04:05 +0200",
+        b"Date: Fri, 02 Jan 2026 03:04:05 +0000",
+    ]
