@@ -12,7 +12,6 @@ INSERT INTO installation DEFAULT VALUES;
 -- A worker that does not know what became of a claim gives everything back and begins a new epoch on
 -- that channel. What belongs to an earlier epoch, and comes after that, does nothing.
 ALTER TABLE workers ADD COLUMN epochs jsonb NOT NULL DEFAULT '{}';  -- channel -> epoch
-COMMENT ON COLUMN workers.ended_at IS 'ahead of now: ended, and not to be settled before';
 ALTER TABLE due ADD COLUMN epoch integer NOT NULL DEFAULT 0;  -- in which its session claimed it
 
 DROP FUNCTION claim_due(bigint, text, integer, integer);
