@@ -53,6 +53,8 @@ _POLL_HINTED_S = 1.0
 _POLL_UNHINTED_S = 0.1
 _IDLE_S = 1.0
 _RECONNECT_S = 0.5
+_REST = 5  # times as long as a look that found nothing for anybody
+_LONGEST_REST_S = 0.02
 
 
 class Feed:
@@ -64,6 +66,7 @@ class Feed:
         self.ring = Ring()
         self._labels: OrderedDict[uuid.UUID, Labels] = OrderedDict()
         self._expected: OrderedDict[uuid.UUID, Labels] = OrderedDict()
+        self._rest_until = 0.0
         self._wake = asyncio.Event()
         self._reader_came = asyncio.Event()
         self._ending = False
@@ -194,6 +197,11 @@ class Feed:
 
     async def _read_on(self) -> bool:
         """Read a page into the ring; whether there may be another."""
+        clock = asyncio.get_running_loop().time
+        # Before the page is asked for: who comes meanwhile is in mind then.
+        if (rest_s := self._rest_until - clock()) > 0:
+            await asyncio.sleep(rest_s)
+        begun_at = clock()
         place = self.ring.place
         with self.ring.asking() as messages:
             try:
@@ -209,6 +217,10 @@ class Feed:
                 return True
             if page.size:
                 self.ring.append(await self._labelled(page.events), page.behind)
+        if messages is not None and not page.events:
+            # A look costs much, and on a busy server most find nothing for those who named what they
+            # wait for: the others are left several times as long as it took.
+            self._rest_until = clock() + min((clock() - begun_at) * _REST, _LONGEST_REST_S)
         return page.size == PAGE_EVENTS
 
     async def _idle(self) -> bool:
