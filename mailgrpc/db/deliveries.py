@@ -129,9 +129,9 @@ async def start_deliveries(
     """Move what was claimed in this epoch to SENDING, each with its new attempt; the commit is in.
 
     What is not returned is not to be sent: it expired, is suppressed, or is not ours any more.
-    After AmbiguousCommit nothing of it may be sent before the same call, with the same attempts
-    and epoch, was run again and has answered: it starts nothing twice, and answers what did start. To give up
-    instead leaves deliveries in SENDING until the session ends. Raises SessionEnded,
+    After AmbiguousCommit nothing of it may be sent before the same call, with the same attempts and
+    epoch, was run again and has answered: it starts nothing twice, and answers what did start. To
+    give up instead leaves deliveries in SENDING until the session ends. Raises SessionEnded,
     StoreUnavailable.
     """
     rows = await db.write(

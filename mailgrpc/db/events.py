@@ -67,13 +67,14 @@ async def read_page_about(
     """What `read_events` would read, of which only what somebody waits for comes over.
 
     That is what is of these messages, and every event that is no change of a state (removals are
-    told to all). The rest costs PostgreSQL a look and us
-    nothing. Raises TokenExpired as `read_events` does.
+    told to all). The rest costs PostgreSQL a look and us nothing. Raises TokenExpired as
+    `read_events` does.
     """
     rows = await db.fetch(
         f"""{_PLACE}, page AS MATERIALIZED (
                SELECT e.* FROM p CROSS JOIN LATERAL (
-                   SELECT e.lane, e.seq, e.kind <> {EventKind.STATE_CHANGED:d} OR e.message_id = ANY ($5::uuid[]) AS is_wanted
+                   SELECT e.lane, e.seq, e.kind <> {EventKind.STATE_CHANGED:d}
+                       OR e.message_id = ANY ($5::uuid[]) AS is_wanted
                    FROM events e WHERE e.lane = p.lane AND e.seq > p.seq
                    ORDER BY e.seq LIMIT $4) e
                ORDER BY e.seq LIMIT $4),

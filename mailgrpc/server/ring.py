@@ -109,7 +109,7 @@ class Ring:
         self._keyed = 0
         self._named: Counter[uuid.UUID] = Counter()  # messages, by how many readers
         self._without_names = 0
-        self._readers_ever = 0  # readers, ever
+        self._readers_ever = 0
         self._readers_known: int | None = None  # when the page that is being read was asked for
         self._page: asyncio.Future[None] | None = None  # done when that was read
         self._stretches: deque[_Stretch] = deque()

@@ -53,14 +53,22 @@ class Clock:
 
 
 class LossyDatabase(Database):
-    """A real database whose answers can be lost on the way, or which cannot be reached."""
+    """A real database whose answers can be lost on the way, or which cannot be reached.
+
+    A call of `hangs` does not come to an end: a lock, a slow disk.
+    """
 
     away = False
+    hangs = ""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, pool_size=4)
         self._to_lose: list[str] = []
         self.asked: list[str] = []
+
+    def with_patience(self, timeout_s: float) -> LossyDatabase:
+        """Itself, so that what a test sets holds for all who share it."""
+        return self
 
     def lose_answer(self, *functions: str) -> None:
         """The next call of each is carried out, and its answer lost."""
@@ -74,6 +82,8 @@ class LossyDatabase(Database):
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
         if self.away:
             raise StoreUnavailable("away")
+        if self.hangs and self.hangs in sql:
+            await asyncio.sleep(3600)
         rows = await super().write(sql, *args)
         self.asked.append(sql)
         for function in self._to_lose:

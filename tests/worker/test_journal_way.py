@@ -6,7 +6,6 @@ import asyncio
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -172,15 +171,7 @@ async def test_a_stop_gives_its_journal_the_time_that_a_kill_gives(
 ) -> None:
     """What was accepted and could not be recorded before the stop is not called unknown at once."""
     message = await store.put(mode=Mode.SEND_ONCE)
-    real = lossy.write
-
-    async def slow_recording(sql: str, *args: Any) -> Any:
-        if "record_outcomes" in sql:
-            await asyncio.sleep(3600)  # a lock, a slow disk
-        return await real(sql, *args)
-
-    lossy.write = slow_recording  # type: ignore[method-assign]
-    lossy.with_patience = lambda _: lossy  # type: ignore[method-assign]
+    lossy.hangs = "record_outcomes"
     settings = replace(settings, journal_dir=tmp_path)
     capture = CaptureProvider()
     worker = Worker(settings, lossy, channels={"default": capture})
@@ -192,7 +183,7 @@ async def test_a_stop_gives_its_journal_the_time_that_a_kill_gives(
         await other.reaper.reap()
         assert await store.state(message) is State.SENDING
     # And the process is back, with its journal.
-    lossy.write = real  # type: ignore[method-assign]
+    lossy.hangs = ""
     async with Part(lossy, clock, journal=Journal(tmp_path)) as again:
         await again.recorder.drain()
         assert await store.state(message) is State.SENT
@@ -226,22 +217,14 @@ async def test_what_a_stop_left_is_settled_by_whoever_comes_after_its_lease(
                 await asyncio.sleep(3600)
             return await super().send(call)
 
-    real = lossy.write
-
-    async def slow_recording(sql: str, *args: Any) -> Any:
-        if "record_outcomes" in sql:
-            await asyncio.sleep(3600)
-        return await real(sql, *args)
-
-    lossy.write = slow_recording  # type: ignore[method-assign]
-    lossy.with_patience = lambda _: lossy  # type: ignore[method-assign]
+    lossy.hangs = "record_outcomes"
     settings = replace(settings, journal_dir=tmp_path)
     deaf = Deaf()
     worker = Worker(settings, lossy, channels={"default": deaf})
     await worker.start()
     await until(lambda: len(deaf.outbox) == 1)
     await worker.stop(0.5)
-    lossy.write = real  # type: ignore[method-assign]
+    lossy.hangs = ""
     await Worker(settings, store.db, channels={"default": CaptureProvider()}).burst()
     assert await store.state(one) is State.SENT
     assert await store.state(two) is State.SENDING

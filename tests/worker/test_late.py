@@ -49,6 +49,14 @@ async def _start(db: Database, message: uuid.UUID) -> Started:
     return started
 
 
+async def _overtaken(db: Database, store: Store, message: uuid.UUID) -> tuple[Started, Started]:
+    """An attempt that was taken for lost, and the one after it, which runs."""
+    first = await _start(db, message)
+    await _record(db, first, LOST)
+    await store.make_due()
+    return first, await _start(db, message)
+
+
 async def _record(db: Database, started: Started, result: Result) -> None:
     now = datetime.now(UTC)
     step = next_step(started.delivery, result, now, DEFAULT_POLICY, _NoJitter())
@@ -164,10 +172,7 @@ async def test_with_an_earlier_attempt_accepted_the_mark_stays(
 ) -> None:
     """Else it is FAILED as if nothing had been sent, and Resend needs no risk accepted."""
     message = await store.put(mode=Mode.RETRYING, retry=RetryWishes(max_attempts=2))
-    first = await _start(db, message)
-    await _record(db, first, LOST)
-    await store.make_due()
-    second = await _start(db, message)
+    first, second = await _overtaken(db, store, message)
     now = datetime.now(UTC)
     used_up = Step(State.OUTCOME_UNKNOWN, True)
     await record_outcomes(db, 0, [Recorded.of(second, "", now, LOST, used_up)])
@@ -196,10 +201,7 @@ async def test_with_a_newer_attempt_only_the_older_ones_record_changes(
     db: Database, store: Store
 ) -> None:
     message = await store.put(mode=Mode.RETRYING)
-    first = await _start(db, message)
-    await _record(db, first, LOST)
-    await store.make_due()
-    second = await _start(db, message)
+    first, second = await _overtaken(db, store, message)
 
     await _record(db, first, ACCEPTED)
     delivery = await store.delivery(message)
@@ -293,10 +295,7 @@ async def test_what_an_earlier_attempt_is_known_to_have_delivered_is_not_tried_a
     db: Database, store: Store, told: str, result: Result
 ) -> None:
     message = await store.put(mode=Mode.RETRYING)
-    first = await _start(db, message)
-    await _record(db, first, LOST)
-    await store.make_due()
-    second = await _start(db, message)
+    first, second = await _overtaken(db, store, message)
     if told == "while the second runs":
         await _record(db, first, ACCEPTED)
         await _record(db, second, result)
@@ -314,11 +313,8 @@ async def test_what_resend_has_forced_is_sent_in_spite_of_what_came_before(
     db: Database, store: Store, told: str
 ) -> None:
     message = await store.put(mode=Mode.RETRYING, retry=RetryWishes(max_attempts=1))
-    first = await _start(db, message)
-    await _record(db, first, LOST)
-    await store.make_due()
-    spared = await _start(db, message)
-    await _record(db, spared, LOST)
+    first, second = await _overtaken(db, store, message)
+    await _record(db, second, LOST)
     await db.write("UPDATE deliveries SET state = 1, forced = true, due_at = now()")
     await store.make_due()
     if told == "before it":

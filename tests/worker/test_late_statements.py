@@ -121,13 +121,12 @@ async def test_a_claim_that_arrives_after_it_was_given_up_holds_no_mail(
     db: Database, store: Store, clock: Clock, database_url: str
 ) -> None:
     async with LateLine(database_url) as line:
-        through = Database(line.url, pool_size=4)
+        through = Database(line.url, pool_size=1)
         try:
             async with Part(through.with_patience(0.5), clock) as part:
-                running = asyncio.create_task(part.drain.run())
-                await until(lambda: part.drain._wake.is_set() is False)
+                await part.drain.drain_once()  # finds nothing; the statement is prepared
                 line.stall()
-                part.drain.wake()  # claims into the silence
+                running = asyncio.create_task(part.drain.run())  # claims into the silence
                 await until(lambda: line.has_stalled)
                 line.heal()
                 await store.until("SELECT epochs ->> 'default' = '1' FROM workers")
