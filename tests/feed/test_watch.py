@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -17,9 +18,11 @@ from mailgrpc.core.event import Filter
 from mailgrpc.core.ids import MESSAGE, to_text
 from mailgrpc.core.place import Position, decode_token
 from mailgrpc.db.engine import Database
-from mailgrpc.db.events import read_place
+from mailgrpc.db.events import read_events, read_place
 from mailgrpc.db.messages import read_labels
+from mailgrpc.doorbell import Doorbell
 from mailgrpc.server import feed as feed_module
+from mailgrpc.server.feed import Feed
 from mailgrpc.server.watch import RESPONSE_BYTES
 from mailgrpc.v1 import delivery_pb2
 from mailgrpc.v1 import mail_service_pb2 as pb
@@ -350,6 +353,33 @@ async def _read_all(feed: Any, token: str) -> list[str]:
     with feed.reader(1, decode_token(1, token)) as reader:
         entries, _ = await feed.read(reader)
         return [e.event.labels.correlation_id for e in entries]
+
+
+async def test_who_comes_while_others_are_read_for_looks_once_and_waits(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page under way lacks what it wants; to ask the table again and again would not help."""
+    looks: list[Any] = []
+
+    async def counted(*arguments: Any) -> Any:
+        looks.append(arguments)
+        return await read_events(*arguments)
+
+    monkeypatch.setattr(feed_module, "read_events", counted)
+    feed = Feed(db, Doorbell(None))
+    feed.ring.begin(await feed.now())
+    named = Filter(message_ids=frozenset([message().message_id]))
+    with contextlib.ExitStack() as page:
+        page.enter_context(feed.ring.asking())
+        with feed.reader(1, feed.place, named) as reader:
+            reading = asyncio.create_task(feed.read(reader))
+            await until(lambda: bool(looks))
+            for _ in range(100):
+                await db.fetch("SELECT 1")  # as long as a hundred looks
+            assert not reading.done()
+            page.close()
+            assert await reading == ([], False)
+    assert len(looks) == 1
 
 
 async def test_a_thousand_waiters_for_others_mail_are_not_woken(

@@ -143,7 +143,7 @@ async def test_a_claim_that_arrives_after_it_was_given_up_holds_no_mail(
             await through.close()
 
 
-async def test_what_belongs_to_an_earlier_turn_does_nothing(db: Database, store: Store) -> None:
+async def test_what_belongs_to_an_earlier_epoch_does_nothing(db: Database, store: Store) -> None:
     message = await store.put(mode=Mode.RETRYING)
     session = await open_session(db, "test", ["default", "other"])
     await claim_due(db, session, "default", 10, 0)
@@ -170,7 +170,7 @@ async def test_what_belongs_to_an_earlier_turn_does_nothing(db: Database, store:
 
 
 @pytest.mark.parametrize("lost", ["claim_due", "start_deliveries"])
-async def test_after_a_doubt_a_new_turn_begins(
+async def test_after_a_doubt_a_new_epoch_begins(
     lossy: LossyDatabase, store: Store, clock: Clock, lost: str
 ) -> None:
     message = await store.put()
@@ -212,7 +212,7 @@ class Late(LossyDatabase):
         return rows
 
 
-async def test_a_burst_begins_a_new_turn_after_a_doubt_as_well(
+async def test_a_burst_begins_a_new_epoch_after_a_doubt_as_well(
     store: Store, clock: Clock, database_url: str
 ) -> None:
     message = await store.put(mode=Mode.SEND_ONCE)
