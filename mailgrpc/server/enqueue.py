@@ -4,16 +4,20 @@ The order matters: a retry of something that was accepted is answered as replaye
 be refused today, so a refusal that does not follow from the request alone first looks whether the
 request_id is known.
 
-The way of a message that is plainly taken in has one wait in it, for its commit, and a batch makes
-no task for each of its messages. Whatever is not plain (a replay, a refusal by the settings of the
-day, a dry run, a recipient who is not queued) may cost more.
+The way of a message that is plainly taken in has one wait in it, for its commit. Calls that come at
+the same time are read one behind the other (together.py), and a batch makes no task for each of its
+messages. Whatever is not plain (a replay, a refusal by the settings of the day, a dry run, a
+recipient who is not queued) may cost more, and goes on in the task of its call.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any, TypeAlias, TypeGuard
 
 from mailgrpc.config import Settings
 from mailgrpc.core.admission import flags_of
@@ -33,12 +37,25 @@ from mailgrpc.server.feed import Feed
 from mailgrpc.server.foresight import foreseen
 from mailgrpc.server.intake import Accepted, Intake, is_same_request
 from mailgrpc.server.interceptors import code_number, current_caller, translated
+from mailgrpc.server.together import Together
 from mailgrpc.v1 import delivery_pb2
 from mailgrpc.v1 import mail_service_pb2 as pb
 
 MAX_BATCH_MESSAGES = 500
 MAX_BATCH_DELIVERIES = 2000
 _QUEUED = delivery_pb2.DELIVERY_STATE_QUEUED
+
+_NotPlain: TypeAlias = Callable[[], Coroutine[Any, Any, Accepted | pb.EnqueueResponse]]
+"""What is left to be done for a request that is not plainly taken in."""
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request, and where its answer goes: an error, Accepted, or what is left to be done."""
+
+    project_id: int
+    request: pb.EnqueueRequest
+    answer: asyncio.Future[Accepted | _NotPlain]
 
 
 class Enqueue:
@@ -57,61 +74,70 @@ class Enqueue:
         self._channels = channels
         self._feed = feed
         self._intake = intake
+        self._reading = Together(self._read)
         self._last_token: tuple[int, Place | None, str] = (0, None, "")
 
     async def one(self, request: pb.EnqueueRequest) -> pb.EnqueueResponse:
         """Take one message in."""
         project_id = current_caller().project_id
         token = self._token(project_id)
-        return await self._answer(project_id, await self._taken(project_id, request), token)
+        asked = _Asked(project_id, request, asyncio.get_running_loop().create_future())
+        self._reading.add(asked)
+        return await self._answer(project_id, await asked.answer, token)
 
     async def many(self, request: pb.EnqueueBatchRequest) -> pb.EnqueueBatchResponse:
         """Take many in; each is answered for itself."""
         _check_batch(request)
         project_id = current_caller().project_id
         token = self._token(project_id)
-        # Whoever gives up the batch gives up all that has not gone into a flush.
-        taken = await asyncio.gather(
-            *(self._begun(project_id, item) for item in request.requests), return_exceptions=True
-        )
-        results = []
-        for item in taken:
-            try:
-                if isinstance(item, BaseException):
-                    raise item
-                response = self._plain_answer(item, token)
-                if response is None:
-                    response = await self._answer(project_id, item, token)
-                results.append(pb.EnqueueResult(response=response))
-            except Exception as error:  # noqa: BLE001  each item has its own answer
-                ours = translated(error, "EnqueueBatch")
-                results.append(pb.EnqueueResult(error=convert.item_error(ours, code_number(ours))))
-        return pb.EnqueueBatchResponse(results=results)
-
-    def _begun(
-        self, project_id: int, request: pb.EnqueueRequest
-    ) -> Awaitable[Accepted | pb.EnqueueResponse]:
-        """`_taken`, begun at once: a future where nothing but the commit is waited for."""
+        new_answer = asyncio.get_running_loop().create_future
+        items = [_Asked(project_id, item, new_answer()) for item in request.requests]
+        self._read(items)
+        taken: list[Accepted | _NotPlain | Exception] = []
         try:
-            return self._taken(project_id, request)
-        except Exception as error:  # noqa: BLE001  it is this item's
-            failed: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-            failed.set_exception(error)
-            return failed
+            for item in items:
+                try:
+                    taken.append(await item.answer)
+                except Exception as error:  # noqa: BLE001  it is this item's
+                    taken.append(error)
+        finally:
+            # Whoever gives up the batch gives up all that has not gone into a flush.
+            for item in items[len(taken) :]:
+                if not item.answer.cancel() and not item.answer.cancelled():
+                    item.answer.exception()  # nobody will ask for it
+        results = {
+            n: pb.EnqueueResult(response=_plain(each, token))
+            for n, each in enumerate(taken)
+            if _is_plain(each)
+        }
+        others = [n for n in range(len(taken)) if n not in results]
+        late = await asyncio.gather(*(self._result(project_id, taken[n], token) for n in others))
+        results.update(zip(others, late, strict=True))
+        return pb.EnqueueBatchResponse(results=[results[n] for n in range(len(taken))])
 
-    def _taken(
-        self, project_id: int, request: pb.EnqueueRequest
-    ) -> Awaitable[Accepted | pb.EnqueueResponse]:
+    def _read(self, items: Sequence[_Asked]) -> None:
+        """Read requests, and see those taken in that can be; each gets its own error. Never raises."""
+        for asked in items:
+            if asked.answer.done():  # the caller gave up
+                continue
+            try:
+                self._take_in(asked)
+            except Exception as error:  # noqa: BLE001  it is this caller's
+                asked.answer.set_exception(error)
+
+    def _take_in(self, asked: _Asked) -> None:
         """See one request taken in. Raises RequestError for what is wrong with it by itself."""
+        project_id, request = asked.project_id, asked.request
         if (unknown := convert.unknown_field(request)) is not None:
             raise InvalidRequest(unknown_violation(unknown))
         submission = checked_submission(convert.submission(request))
         new = self._admitted(project_id, submission, datetime.now(UTC))
         if isinstance(new, InvalidRequest):
-            return self._replayed(project_id, submission, new)
-        if submission.validate_only:
-            return self._foreseen(new)
-        return self._intake.put(new, request.ByteSize())
+            asked.answer.set_result(partial(self._replayed, project_id, submission, new))
+        elif submission.validate_only:
+            asked.answer.set_result(partial(self._foreseen, new))
+        else:
+            self._intake.put(new, request.ByteSize(), asked.answer)
 
     def _admitted(
         self, project_id: int, submission: Submission, now: datetime
@@ -155,12 +181,28 @@ class Enqueue:
     async def _foreseen(self, new: NewMessage) -> pb.EnqueueResponse:
         return pb.EnqueueResponse(not_queued=await foreseen(self._database, new))
 
+    async def _result(
+        self, project_id: int, taken: Accepted | _NotPlain | Exception, token: str
+    ) -> pb.EnqueueResult:
+        """The answer to an item of a batch; its error is its own."""
+        try:
+            if isinstance(taken, Exception):
+                raise taken
+            return pb.EnqueueResult(response=await self._answer(project_id, taken, token))
+        except Exception as error:  # noqa: BLE001  translated logs what nobody foresaw
+            ours = translated(error, "EnqueueBatch")
+            return pb.EnqueueResult(error=convert.item_error(ours, code_number(ours)))
+
     async def _answer(
-        self, project_id: int, taken: Accepted | pb.EnqueueResponse, token: str
+        self, project_id: int, taken: Accepted | _NotPlain, token: str
     ) -> pb.EnqueueResponse:
-        if (plain := self._plain_answer(taken, token)) is not None:
-            return plain
-        assert isinstance(taken, Accepted)
+        if _is_plain(taken):
+            return _plain(taken, token)
+        if not isinstance(taken, Accepted):
+            done = await taken()
+            if isinstance(done, pb.EnqueueResponse):
+                return done
+            taken = done
         message_id = taken.message_id
         statuses = await read_statuses(self._database, project_id, [message_id])
         if (status := statuses.get(message_id)) is None:  # cleared since
@@ -179,18 +221,6 @@ class Enqueue:
             resume_token=token,
         )
 
-    def _plain_answer(
-        self, taken: Accepted | pb.EnqueueResponse, token: str
-    ) -> pb.EnqueueResponse | None:
-        """The answer where it needs no look at the database."""
-        if isinstance(taken, pb.EnqueueResponse):
-            return taken
-        if taken.replayed or taken.has_suppressed:
-            return None
-        return pb.EnqueueResponse(
-            message_id=to_text(MESSAGE, taken.message_id), state=_QUEUED, resume_token=token
-        )
-
     def _token(self, project_id: int) -> str:
         """A place just before anything that this call will cause."""
         place = self._feed.place
@@ -198,6 +228,17 @@ class Enqueue:
         if self._last_token[0] != project_id or self._last_token[1] is not place:
             self._last_token = (project_id, place, encode_token(project_id, place))
         return self._last_token[2]
+
+
+def _is_plain(taken: object) -> TypeGuard[Accepted]:
+    """Whether the answer needs no look at the database."""
+    return isinstance(taken, Accepted) and not taken.replayed and not taken.has_suppressed
+
+
+def _plain(taken: Accepted, token: str) -> pb.EnqueueResponse:
+    return pb.EnqueueResponse(
+        message_id=to_text(MESSAGE, taken.message_id), state=_QUEUED, resume_token=token
+    )
 
 
 def unknown_violation(path: str) -> Violation:

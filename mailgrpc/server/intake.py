@@ -4,9 +4,10 @@ Promises. A call is answered after its rows are committed, never before. The sam
 one message, over any number of calls at once and any number of servers. What a call asked for is
 stored whole or not at all, and one that cannot be stored fails alone.
 
-How. A flush starts as soon as the one before it has ended: no timer. So under load each commit
-carries whatever came during the last one, and without load a call waits for nothing. A flush is
-bounded; a large message goes in one of its own, beside the others, so that it does not hold them.
+How. Two flushes may be under way, so that the server reads and answers calls while PostgreSQL
+stores others; what comes meanwhile shares the next one. No timer: without load a call waits for
+nothing. A flush is bounded; a large message goes in one of its own, beside the others, so that it
+does not hold them.
 
 What can go wrong.
 - Two calls with one request_id race. Decided by the key inside the insert's transaction; who lost
@@ -31,6 +32,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 from mailgrpc import failpoints
 from mailgrpc.core.fingerprint import fingerprint
@@ -59,7 +61,7 @@ FLUSH_MESSAGES = 500
 FLUSH_DELIVERIES = 2000
 FLUSH_BYTES = 1024 * 1024
 FLUSH_TIMEOUT_S = 10.0
-GATHER_S = 0.010
+FLUSHES_AT_ONCE = 2
 ALONE_BYTES = 256 * 1024
 QUEUE_BYTES = 64 * 1024 * 1024
 """What may wait in memory, whatever the number of calls."""
@@ -82,7 +84,7 @@ class Accepted:
 class _Waiting:
     new: NewMessage
     size: int  # bytes, roughly
-    answer: asyncio.Future[Accepted] = field(repr=False)
+    answer: asyncio.Future[Any] = field(repr=False)
 
     @property
     def deliveries(self) -> int:
@@ -101,16 +103,17 @@ class Intake:
         self._lane = lane
         self._limit = limit
         self._waiting: deque[_Waiting] = deque()
+        self._small = asyncio.Semaphore(FLUSHES_AT_ONCE)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._large_waiting = 0
         self._bytes = 0
         self._flusher: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def put(self, new: NewMessage, size: int) -> asyncio.Future[Accepted]:
-        """Store a message of about `size` bytes; the future is done when its commit is in.
+    def put(self, new: NewMessage, size: int, answer: asyncio.Future[Any]) -> None:
+        """Store a message of about `size` bytes; `answer` gets an Accepted when its commit is in.
 
-        Cancelling the future before its flush takes the message back out; after that it changes
+        Cancelling `answer` before its flush takes the message back out; after that it changes
         nothing. It ends in RequestIdMismatch or StoreUnavailable where the message is not in.
         Raises Exhausted.
         """
@@ -122,7 +125,7 @@ class Intake:
                 retry_after=_COME_BACK,
                 quota="queue",
             )
-        waiting = _Waiting(new, size, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(new, size, answer)
         self._bytes += size
         if size >= ALONE_BYTES:
             self._large_waiting += 1
@@ -131,7 +134,6 @@ class Intake:
             self._waiting.append(waiting)
             if self._flusher is None or self._flusher.done():
                 self._flusher = self._spawn(self._flush_all())
-        return waiting.answer
 
     async def drain(self) -> None:
         """Return once everything that waits has been answered."""
@@ -146,24 +148,11 @@ class Intake:
 
     async def _flush_all(self) -> None:
         while self._waiting:
-            await self._gather()
+            await self._small.acquire()
             if batch := self._take():
-                await self._flush(batch)
-
-    async def _gather(self) -> None:
-        """Let those in whose calls have come and are still being read, while more of them come.
-
-        A flush costs much and a message in it little. On an idle server this is one turn of the
-        loop; on a busy one the flush would otherwise leave with the few that were read while the
-        last one ran, and the rest would pay for many small ones.
-        """
-        clock = asyncio.get_running_loop().time
-        until = clock() + GATHER_S
-        seen, quiet = len(self._waiting), 0
-        while quiet < 15 and seen < FLUSH_MESSAGES and clock() < until:
-            await asyncio.sleep(0)
-            quiet = quiet + 1 if len(self._waiting) == seen else 0
-            seen = len(self._waiting)
+                self._spawn(self._flush(batch)).add_done_callback(lambda _: self._small.release())
+            else:
+                self._small.release()
 
     async def _flush_large(self, waiting: _Waiting) -> None:
         try:

@@ -192,6 +192,13 @@ def _reading(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
+def _read(request: Any) -> Any:
+    """The request, where it could be read. Raises RequestError."""
+    if isinstance(request, _Unread):
+        raise request.error
+    return request
+
+
 class Edge:
     """Wraps every method of a service before it is registered.
 
@@ -226,8 +233,8 @@ class Edge:
             limit = self._deadlines.within(self._bound_s(request, context))
             try:
                 with limit:
-                    await self._let_in(request, context)
-                    return await call(request, context)
+                    _caller.set(await self._identify(context) if self._keys else DEFAULT_CALLER)
+                    return await call(_read(request), context)
             except TimeoutError as error:
                 failure = self._timed_out(error, limit, context, name)
             except asyncio.CancelledError:
@@ -260,8 +267,8 @@ class Edge:
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def run(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                await self._let_in(request, context)
-                async for response in call(request, context):
+                _caller.set(await self._identify(context) if self._keys else DEFAULT_CALLER)
+                async for response in call(_read(request), context):
                     yield response
             except asyncio.CancelledError:
                 if _is_callers(context):
@@ -292,13 +299,8 @@ class Edge:
             return left_s  # it takes as long as there is to remove
         return min(self._deadline_s, left_s)
 
-    async def _let_in(self, request: Any, context: Any) -> None:
-        """Let the call know its caller. Raises RequestError, StoreUnavailable."""
-        _caller.set(await self._identify(context) if self._keys else DEFAULT_CALLER)
-        if isinstance(request, _Unread):
-            raise request.error
-
     async def _identify(self, context: Any) -> Caller:
+        """Who shows an API key. Raises Unauthenticated, StoreUnavailable."""
         shown = ""
         for key, value in context.invocation_metadata():
             if key == "authorization" and isinstance(value, str):

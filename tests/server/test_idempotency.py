@@ -419,6 +419,8 @@ async def blocked(connection: Any, number: int) -> None:
     """Return when this many statements of the test's server wait for a lock."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
+            # A transaction would go on seeing what it has once seen.
+            await connection.execute("SELECT pg_stat_clear_snapshot()")
             waiting = await connection.fetchval(
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
                 "AND wait_event_type = 'Lock'"
@@ -495,12 +497,21 @@ async def test_a_caller_who_waits_for_events_is_not_told_that_the_store_is_away(
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def flushes_under_way(gateway: Gateway, holder: Any) -> list[asyncio.Future[Any]]:
+    """As many calls as there can be flushes, each in one that waits for `holder`'s lock."""
+    calls = []
+    for n in range(1, intake_module.FLUSHES_AT_ONCE + 1):
+        call = gateway.stub.Enqueue(enqueue(request_id=f"under way {n}"))
+        calls.append(asyncio.ensure_future(call))
+        await blocked(holder, n)
+    return calls
+
+
 async def test_a_full_queue_says_when_to_come_back(settings: Settings, holder: Any) -> None:
     async with Gateway(replace(settings, queue_limit=1), worker=False) as gateway:
         async with holder.transaction():
             await holder.execute("LOCK TABLE request_ids IN ACCESS EXCLUSIVE MODE")
-            flushing = asyncio.ensure_future(gateway.stub.Enqueue(enqueue(request_id="a")))
-            await blocked(holder, 1)
+            flushing = await flushes_under_way(gateway, holder)
             queued = asyncio.ensure_future(gateway.stub.Enqueue(enqueue(request_id="b")))
             await until(lambda: len(gateway.server._intake._waiting) == 1)
             refusal = await refusal_of(gateway.stub.Enqueue(enqueue(request_id="c")))
@@ -508,9 +519,9 @@ async def test_a_full_queue_says_when_to_come_back(settings: Settings, holder: A
         assert (refusal.reason, refusal.quota) == ("QUEUE_FULL", "queue")
         assert refusal.retry_s
         assert refusal.retry_s > 0
-        answers = await asyncio.gather(flushing, queued)
+        answers = await asyncio.gather(*flushing, queued)
         assert all(answer.message_id for answer in answers)
-        assert await count(gateway, "messages") == 2
+        assert await count(gateway, "messages") == len(answers)
 
 
 async def test_large_calls_count_from_the_moment_they_come(settings: Settings) -> None:
@@ -572,16 +583,48 @@ async def test_who_gives_up_before_the_flush_is_not_stored(
 ) -> None:
     async with holder.transaction():
         await holder.execute("LOCK TABLE request_ids IN ACCESS EXCLUSIVE MODE")
-        flushing = asyncio.ensure_future(server_only.stub.Enqueue(enqueue(request_id="a")))
-        await blocked(holder, 1)
+        flushing = await flushes_under_way(server_only, holder)
         impatient = server_only.stub.Enqueue(enqueue(request_id="b"))
         waiting = server_only.server._intake._waiting
         await until(lambda: len(waiting) == 1)
         impatient.cancel()
         await until(waiting[0].answer.done)
-    await flushing
+    await asyncio.gather(*flushing)
     again = await server_only.stub.Enqueue(enqueue(request_id="b"))
     assert not again.replayed
+
+
+async def test_who_gives_up_before_it_is_read_is_not_stored(
+    server_only: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread: list[Any] = []
+    reading = server_only.server._service._enqueue._reading
+    monkeypatch.setattr(reading, "_work", unread.extend)
+    impatient = server_only.stub.Enqueue(enqueue(request_id="a"))
+    await until(lambda: len(unread) == 1)
+    impatient.cancel()
+    await until(unread[0].answer.done)
+    monkeypatch.undo()
+    reading._work(unread)
+    again = await server_only.stub.Enqueue(enqueue(request_id="a"))
+    assert not again.replayed
+
+
+async def test_calls_that_are_read_together_have_their_errors_apart(
+    server_only: Gateway,
+) -> None:
+    calls = [
+        asyncio.ensure_future(
+            refusal_of(server_only.stub.Enqueue(enqueue(subject="")))
+            if n % 2
+            else server_only.stub.Enqueue(enqueue())
+        )
+        for n in range(20)
+    ]
+    answers = await asyncio.gather(*calls)
+    assert all(answer.message_id for answer in answers[::2])
+    assert {answer.violations for answer in answers[1::2]} == {(("message.subject", "REQUIRED"),)}
+    assert await count(server_only, "messages") == 10
 
 
 async def test_who_gives_up_after_the_flush_began_is_stored(
