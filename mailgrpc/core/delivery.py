@@ -26,11 +26,11 @@ from __future__ import annotations
 import enum
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from random import Random
 
 from mailgrpc.core.retry import RetryPolicy, backoff
+from mailgrpc.core.value import value
 from mailgrpc.errors import Reason
 
 
@@ -183,7 +183,7 @@ LONGEST_WAIT = timedelta(days=60)
 is no date at all."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Result:
     """What one attempt came to, as a provider tells it for one delivery."""
 
@@ -197,7 +197,7 @@ class Result:
     of_channel: bool = False  # DEFERRED, and says nothing about this mail: the channel as a whole
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Delivery:
     """One message to one recipient, as its row says."""
 
@@ -221,7 +221,7 @@ class Delivery:
     last_result: Result | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Step:
     """What becomes of a delivery. `due_at` and `wait_reason` are set where it waits."""
 

@@ -6,12 +6,13 @@ import enum
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from mailgrpc.core.delivery import UNENDED, Delivery, Result, State, aggregate
 from mailgrpc.core.ids import message_of
+from mailgrpc.core.value import value
 
 
 class EventKind(enum.IntEnum):
@@ -22,7 +23,7 @@ class EventKind(enum.IntEnum):
     MESSAGES_CLEARED = 18
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Attempt:
     """One delivery's part in one call to a provider. `result` is None while it runs."""
 
@@ -36,7 +37,7 @@ class Attempt:
     result: Result | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Labels:
     """What a message's events are found and recognised by; joined once a message, never copied.
 
@@ -56,7 +57,7 @@ CLOCK_SLACK = timedelta(minutes=1)
 """How far the clocks of a server and of the database are thought to be apart."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Event:
     """An immutable fact. `lane` and `seq` are its place; with `fingerprint` they are its id."""
 
@@ -82,7 +83,7 @@ class Event:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class MessageStatus:
     """A message without its content: who it went to and what became of each."""
 
@@ -114,7 +115,7 @@ class MessageStatus:
         return max(delivery.state_since for delivery in self.deliveries)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Filter:
     """Which messages or events are meant: AND between fields, OR within one; empty is all.
 

@@ -61,6 +61,11 @@ def message_of(delivery: uuid.UUID) -> uuid.UUID:
     return uuid.UUID(int=delivery.int & ~0xFFFF)
 
 
+def number_of(delivery: uuid.UUID) -> int:
+    """Which of its message's recipients a delivery goes to, from 1."""
+    return delivery.int & 0xFFFF
+
+
 def to_text(prefix: str, value: uuid.UUID) -> str:
     """How callers see an id."""
     number = value.int

@@ -2,9 +2,7 @@
 
 These objects exist in two conditions. As `server/convert.py` makes them they hold what the caller
 wrote, good or bad. `core/shape.py` checks them and returns the same types with addresses
-normalised; everything behind it relies on that. A message never changes afterwards. (The four
-types that every message is made of are not `frozen`: that makes their construction three times as
-slow, and nothing else.)
+normalised; everything behind it relies on that. A message never changes afterwards.
 
 What the caller left out stays None or empty, and is not filled with a default here: two requests
 are the same only when the same things were said (`core/fingerprint.py`), whatever the defaults
@@ -14,12 +12,13 @@ of the day are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from enum import IntEnum
 
 from mailgrpc.core.delivery import Mode, Role
 from mailgrpc.core.retry import DEFAULT_POLICY, RetryPolicy
+from mailgrpc.core.value import value
 
 
 class Priority(IntEnum):
@@ -31,7 +30,7 @@ class Priority(IntEnum):
     URGENT = 40
 
 
-@dataclass(slots=True)
+@value
 class Mailbox:
     """An address with a name to show. `address` is bare; checked: its domain is ASCII, lower."""
 
@@ -39,7 +38,7 @@ class Mailbox:
     name: str = ""
 
 
-@dataclass(slots=True)
+@value
 class Recipient:
     """One recipient.
 
@@ -53,7 +52,7 @@ class Recipient:
     key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Header:
     """An additional header field, unfolded and unencoded."""
 
@@ -61,7 +60,7 @@ class Header:
     value: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Attachment:
     """A file. With a `content_id` it is inline, for the HTML part to refer to."""
 
@@ -71,7 +70,7 @@ class Attachment:
     content_id: str = ""  # without angle brackets
 
 
-@dataclass(slots=True)
+@value
 class MailMessage:
     """Content and recipients. `recipients` holds to, cc and bcc, in this order."""
 
@@ -90,7 +89,7 @@ class MailMessage:
     correlation_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RetryWishes:
     """What the caller said about retrying; 0 and None mean the server's policy."""
 
@@ -110,7 +109,7 @@ class RetryWishes:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class DeliveryOptions:
     """How to deliver. `mode` and `priority` are numbers of the contract, 0 where unset."""
 
@@ -133,7 +132,7 @@ class DeliveryOptions:
         return Priority(self.priority) if self.priority else Priority.NORMAL
 
 
-@dataclass(slots=True)
+@value
 class Submission:
     """One Enqueue: the message, its options, and the caller's own id for the request."""
 

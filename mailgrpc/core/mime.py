@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import re
 from binascii import b2a_base64, b2a_qp
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from email.utils import format_datetime
 from hashlib import blake2b
@@ -60,7 +60,7 @@ _LONGEST_TOKEN = 900  # leaves room for the name of the field beside it
 
 _BREAKS = re.compile(r"[\r\n\0]")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-_BODY_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_BODY_CONTROLS = bytes([*range(9), 11, 12, *range(14, 32), 127])
 _FIELD_NAME = re.compile(r"[!-9;-~]+")  # RFC 5322 2.2: printable, no colon
 _ATOMS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
 _MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,900}>")
@@ -81,9 +81,10 @@ def render(message: MailMessage, *, rfc_message_id: str, date: datetime) -> byte
     if not _MESSAGE_ID.fullmatch(rfc_message_id):
         raise ValueError("Message-ID: expected <left@right>, ASCII")
     lines = _header_lines(message, rfc_message_id, date)
+    joined = "\r\n".join(lines)
     # An address is the only thing that may bring in what is not ASCII; all else was encoded.
-    charset = "utf-8" if needs_smtputf8(message) else "ascii"
-    head = "\r\n".join(lines).encode(charset)
+    charset = "ascii" if joined.isascii() or not needs_smtputf8(message) else "utf-8"
+    head = joined.encode(charset)
     body = b"\r\n".join(_body(message, rfc_message_id))
     end = b"" if body.endswith(b"\r\n") else b"\r\n"
     return b"%s\r\nMIME-Version: 1.0\r\n%s%s" % (head, body, end)
@@ -109,7 +110,7 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
     to = [r for r in message.recipients if r.role is Role.TO]
     cc = [r for r in message.recipients if r.role is Role.CC]
     date_text = _date_text(date.replace(microsecond=0), date.utcoffset())
-    lines = [f"Date: {date_text}", _address_field("From", (message.sender,))]
+    lines = [f"Date: {date_text}", _from_field(message.sender.name, message.sender.address)]
     if message.reply_to:
         lines.append(_address_field("Reply-To", message.reply_to))
     if to:
@@ -173,6 +174,12 @@ def _address_field(name: str, mailboxes: Sequence[Mailbox | Recipient]) -> str:
     return _folded(name, tokens)
 
 
+@functools.lru_cache(maxsize=256)
+def _from_field(name: str, address: str) -> str:
+    """The same for all mails of a sender."""
+    return _address_field("From", (Mailbox(address, name),))
+
+
 def _mailbox_tokens(field: str, name: str, address: str) -> list[str]:
     """Name and address, in pieces between which a line may be folded."""
     if _BREAKS.search(name) or _CONTROLS.search(address):
@@ -209,11 +216,14 @@ def _encoded_words(text: str, room: int) -> list[str]:
     return words or [""]
 
 
-def _folded(name: str, tokens: Iterable[str]) -> str:
+def _folded(name: str, tokens: Sequence[str]) -> str:
     """The field with its tokens a blank apart, a line break before a blank where it gets long.
 
     Never before the first: some parsers, Python's among them, take that blank for content.
     """
+    line = f"{name}: {' '.join(tokens)}"
+    if len(line) <= FOLD_AT:
+        return line
     parts = [name, ":"]
     column = len(name) + 1
     for index, token in enumerate(tokens):
@@ -281,9 +291,10 @@ def _text_part(subtype: str, text: str) -> list[bytes]:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.replace("\n", "\r\n")
-    if text.isascii() and not _BODY_CONTROLS.search(text) and _has_short_lines(text):
-        return [_TEXT_HEADS[subtype, "us-ascii", "7bit"], text.encode()]
     data = text.encode()
+    has_controls = len(data.translate(None, _BODY_CONTROLS)) < len(data)
+    if text.isascii() and not has_controls and _has_short_lines(text):
+        return [_TEXT_HEADS[subtype, "us-ascii", "7bit"], data]
     escapes = len(data.translate(None, _QP_AS_IS))
     if escapes * 6 < len(data):  # three octets for one, against four for three
         return [_TEXT_HEADS[subtype, "utf-8", "quoted-printable"], _quoted_printable(data)]

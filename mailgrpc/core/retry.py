@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
+
+from mailgrpc.core.value import value
 
 JITTER = 0.2
 """Share by which a wait is lengthened or shortened at random, so that what failed together does
 not come back together."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RetryPolicy:
     """Attempts and waits. The defaults try for about 33 hours."""
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from mailgrpc.core.delivery import LATE_PROOF, WITHOUT_PROOF, Delivery, Result, Step
+from mailgrpc.core.value import value
 from mailgrpc.db.engine import Database
 from mailgrpc.db.rows import LAST_ATTEMPT, RESULT_COLUMNS, delivery_of, result_of
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Claimed:
     """A delivery under this session's lease.
 
@@ -34,7 +34,7 @@ class Claimed:
     claims: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Claims:
     """A batch.
 
@@ -103,7 +103,7 @@ async def drop_bereft(db: Database, session_id: int, delivery_ids: Sequence[uuid
     )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Starting:
     """A claimed delivery that a worker is about to start, with the ids of its new attempt."""
 
@@ -112,7 +112,7 @@ class Starting:
     call_id: uuid.UUID
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Started:
     """A delivery in SENDING, and its running attempt."""
 
@@ -157,7 +157,7 @@ def started_of(row: Any) -> Started:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Recorded:
     """The end of one attempt: what came back, and the step that it means."""
 
@@ -232,7 +232,7 @@ def _milliseconds(result: Result) -> int | None:
     return min(int(result.retry_after.total_seconds() * 1000), 2**31 - 1)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Move:
     """A step for a delivery that is not SENDING, decided on what was read of it."""
 
@@ -314,7 +314,7 @@ async def read_deliveries(
     return {row["id"]: delivery_of(row, result_of(row)) for row in rows}
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class DuePage:
     """A page of `due`: what of it has expired unclaimed, and where the next one begins."""
 

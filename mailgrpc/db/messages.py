@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 from mailgrpc.core.event import Attempt, Labels, MessageStatus
@@ -20,6 +19,7 @@ from mailgrpc.core.message import (
     Submission,
 )
 from mailgrpc.core.retry import RetryPolicy
+from mailgrpc.core.value import value
 from mailgrpc.db.content import (
     pack_content,
     pack_json,
@@ -32,7 +32,7 @@ from mailgrpc.db.engine import Database
 from mailgrpc.db.rows import RESULT_COLUMNS, Row, delivery_of, result_of
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NewMessage:
     """A checked message on its way in, with what the settings made of it."""
 
@@ -45,7 +45,7 @@ class NewMessage:
     expire_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Inserted:
     """What of a flush was not plain: who was `known` by the request_id, who is not all queued."""
 
@@ -53,7 +53,7 @@ class Inserted:
     with_suppressed: frozenset[uuid.UUID]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class KnownRequest:
     """What a request_id was used for: an Enqueue, or else a Resend with its answer."""
 
@@ -225,7 +225,7 @@ async def read_statuses(
     }
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StoredContent:
     """What was handed over, as it is stored. `message` is None once the content is erased."""
 

@@ -20,13 +20,13 @@ import asyncio
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.magic import Magic, MagicKind, magic_of
 from mailgrpc.core.message import MailMessage, Recipient
 from mailgrpc.core.mime import render
+from mailgrpc.core.value import value
 from mailgrpc.errors import Violation
 from mailgrpc.providers.channel_url import ChannelUrl, seconds
 from mailgrpc.providers.provider import Addressee, Grouping, SendCall, everyone, worker_lost
@@ -36,7 +36,7 @@ _COUNTED_MAX = 100_000
 """Deliveries whose tries are remembered for temperror; the oldest are forgotten first."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Captured:
     """One call as it would have left."""
 

@@ -33,13 +33,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import Protocol
 
 from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.message import MailMessage, Recipient
+from mailgrpc.core.value import value
 from mailgrpc.errors import Violation
 
 
@@ -50,7 +50,7 @@ class Grouping(Enum):
     PERSONAL = "personal"  # each recipient sees only itself (SendGrid's personalizations)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Addressee:
     """One delivery within a call."""
 
@@ -58,7 +58,7 @@ class Addressee:
     recipient: Recipient
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SendCall:
     """One call: a message to some of its recipients, in one attempt of each.
 

@@ -37,6 +37,7 @@ from typing import Any
 from mailgrpc import failpoints
 from mailgrpc.core.fingerprint import fingerprint
 from mailgrpc.core.message import Submission
+from mailgrpc.core.value import value
 from mailgrpc.db.engine import AmbiguousCommit, Database
 from mailgrpc.db.messages import (
     Inserted,
@@ -71,7 +72,7 @@ _AMBIGUOUS_WAIT_S = 0.5
 _COME_BACK = timedelta(seconds=1)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Accepted:
     """The message is in. `message_id` is an earlier one's when the request was `replayed`."""
 

@@ -11,12 +11,11 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from mailgrpc.core.delivery import Cause, Mode, Outcome, Result
-from mailgrpc.core.ids import message_of, rfc_message_id
-from mailgrpc.core.message import RetryWishes
-from mailgrpc.core.retry import RetryPolicy
+from mailgrpc.core.ids import message_of, number_of, rfc_message_id
+from mailgrpc.core.retry import DEFAULT_POLICY, RetryPolicy
+from mailgrpc.core.value import value
 from mailgrpc.db.deliveries import Claimed, Started
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import StoredContent, read_contents
@@ -35,7 +34,7 @@ _GIVEN_UP = Result(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Group:
     """Claimed deliveries of one message that will share a call; or none, where `refusal` is set."""
 
@@ -52,7 +51,7 @@ class Group:
     def policy(self) -> RetryPolicy:
         """When to try again."""
         wishes = self.content.options.retry if self.content else None
-        return (wishes or RetryWishes()).policy()
+        return wishes.policy() if wishes else DEFAULT_POLICY
 
 
 async def group_claims(
@@ -142,7 +141,6 @@ def _call_of(
     if content is None or message is None or message.sender is None:
         return None
     message_id = message_of(started[0].delivery.delivery_id)
-    numbers = [s.delivery.delivery_id.int & 0xFFFF for s in started]
     return SendCall(
         call_id=started[0].call_id,
         message_id=message_id,
@@ -151,8 +149,8 @@ def _call_of(
         rfc_message_id=rfc_message_id(message_id, message.sender.address),
         created_at=content.created_at,
         addressees=[
-            Addressee(s.delivery.delivery_id, message.recipients[number - 1])
-            for s, number in zip(started, numbers, strict=True)
+            Addressee(i, message.recipients[number_of(i) - 1])
+            for i in [s.delivery.delivery_id for s in started]
         ],
         last_look=last_look,
     )

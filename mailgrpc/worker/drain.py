@@ -35,7 +35,7 @@ import math
 import random
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mailgrpc import failpoints
 from mailgrpc.core.ids import new_id
@@ -85,8 +85,10 @@ class Drain:
         provider: Provider,
         lane: int,
         concurrency: int,
+        has_others: Callable[[], bool] = lambda: True,
         rng: random.Random | None = None,
     ) -> None:
+        self._has_others = has_others
         self.channel = channel
         self._database = database
         self._session = session
@@ -214,7 +216,7 @@ class Drain:
         if not claims.claimed:
             return math.inf if claims.next_due_in_s is None else max(claims.next_due_in_s, _SOON_S)
         self._after_project = claims.claimed[-1].project_id
-        if len(claims.claimed) >= CLAIM_DELIVERIES:
+        if len(claims.claimed) >= CLAIM_DELIVERIES and self._has_others():
             self._doorbell.ring()  # there is more: wakes the next worker
         claimed = claims.claimed
         waiting = deque(await group_claims(self._database, claimed, self._group_max))
@@ -222,18 +224,17 @@ class Drain:
         await self._leave_out(
             session_id, [c.delivery_id for c in claimed if c.delivery_id not in grouped]
         )
-        probe: list[asyncio.Task[None]] = []
+        probes: list[asyncio.Future[None]] = []
         try:
             while waiting and (batch := await self._next_batch(waiting, is_probe)):
-                sending = await self._start(session_id, batch, is_probe)
-                probe += sending if is_probe else []
+                probes += await self._start(session_id, batch, is_probe)
         except asyncio.CancelledError:
             waiting.clear()  # our end must not wait for the store: the session gives all back
             raise
         finally:
             await self._release(session_id, [i for group in waiting for i in group.delivery_ids])
-        if probe:
-            await asyncio.wait(probe)
+        if probes:
+            await asyncio.wait(probes)
         return None
 
     def _check_heard(self, session_id: int) -> None:
@@ -273,8 +274,8 @@ class Drain:
 
     async def _start(
         self, session_id: int, batch: Sequence[Group], is_probe: bool
-    ) -> list[asyncio.Task[None]]:
-        """Commit the start of these groups, then send what came back of each: the calls."""
+    ) -> list[asyncio.Future[None]]:
+        """Commit the start of these groups, then send what came back of each; the probes."""
         calls = {new_id(): group for group in batch}
         starting = [
             Starting(delivery_id, new_id(), call_id)
@@ -294,11 +295,13 @@ class Drain:
         members: dict[uuid.UUID, list[Started]] = {call_id: [] for call_id in calls}
         for s in started:
             members[s.call_id].append(s)
-        return [
-            self._wire.send(group, members[call_id], last_look, is_probe=is_probe)
-            for call_id, group in calls.items()  # in the order of the claim
-            if members[call_id]
-        ]
+        probes: list[asyncio.Future[None]] = []
+        for call_id, group in calls.items():  # in the order of the claim
+            if members[call_id]:
+                probe = asyncio.get_running_loop().create_future() if is_probe else None
+                probes += [probe] if probe else []
+                self._wire.send(group, members[call_id], last_look, probe=probe)
+        return probes
 
     async def _started(self, session_id: int, starting: Sequence[Starting]) -> list[Started]:
         """What did start. Once that is in doubt, asks until it is known."""

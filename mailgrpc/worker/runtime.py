@@ -76,6 +76,7 @@ class Worker:
             state=self._state,
         )
         self._recorder = Recorder(swift, self._doorbell, outage, self._journal, lane=lane)
+        reaper = Reaper(swift, lane=lane)
         self._drains = [
             Drain(
                 swift,
@@ -88,12 +89,13 @@ class Worker:
                 provider=provider,
                 lane=lane,
                 concurrency=settings.send_concurrency,
+                has_others=lambda: reaper.sees_others,
             )
             for channel, provider in channels.items()
         ]
         self._sweeper = Sweeper(
             database,
-            Reaper(swift, lane=lane),
+            reaper,
             Expiry(swift, lane=lane),
             self.wake,
             self._adopt,

@@ -74,6 +74,8 @@ class Reaper:
         self._looked_at = float("-inf")
         self._unsettled: set[int] = set()
         self._rng = random.Random()
+        self.sees_others = True
+        """Whether another worker may be there; so until the first look."""
 
     def forget(self) -> None:
         """PostgreSQL did not answer: beats may be missing for that reason."""
@@ -82,6 +84,7 @@ class Reaper:
     async def reap(self) -> int:
         """Look once; how many sessions were settled. Raises StoreUnavailable."""
         sessions = await read_sessions(self._database)
+        self.sees_others = sum(session.ended_at is None for session in sessions) > 1
         now = self._clock()
         gap_s, self._looked_at = now - self._looked_at, now
         settled = 0
