@@ -21,7 +21,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
@@ -47,6 +47,8 @@ _JOBS_KEPT = 16
 # and who watches sees every millisecond of it.
 _RING_REST, _HINT_REST = 3, 1
 _LONGEST_REST_S = 0.010
+_UNHEARD_REST_S = 0.05
+"""After a hint that nobody heard: servers listen only while somebody watches."""
 _JOB_EVERY_S = 0.25
 _RECONNECT_S = 0.5
 _AHEAD_S = 600.0
@@ -129,7 +131,7 @@ class Doorbell:
         self._note(None)
         return answer is not None
 
-    async def feed_hints(self) -> AsyncIterator[None]:
+    async def feed_hints(self) -> AsyncGenerator[None, None]:
         """Yield at each hint, and once whenever the subscription begins anew; never ends."""
         if self.url is None:
             await asyncio.Event().wait()
@@ -179,33 +181,41 @@ class Doorbell:
         while wanted:
             taken = set(wanted)
             wanted.clear()
-            began_at = clock()
+            began_at, heard = clock(), True
             try:
                 async with asyncio.timeout(2):
-                    await self._send_once(taken)
+                    if _FEED in taken:
+                        heard = await self._publish()
+                    else:
+                        await self._push(taken)
                 self._note(None)
             except _BROKEN as error:
                 self._note(error)
-            await asyncio.sleep(min((clock() - began_at) * rest, _LONGEST_REST_S))
+            rest_s = min((clock() - began_at) * rest, _LONGEST_REST_S)
+            await asyncio.sleep(rest_s if heard else _UNHEARD_REST_S)
 
-    async def _send_once(self, wanted: set[str]) -> None:
+    async def _publish(self) -> bool:
+        """Hint at new events; whether anybody heard it."""
         assert self._redis is not None
-        if _FEED in wanted:
-            await self._redis.publish(_FEED, b"1")
+        return bool(await self._redis.publish(_FEED, b"1"))
+
+    async def _push(self, wanted: set[str]) -> None:
+        """Ring, now or for a second to come."""
+        assert self._redis is not None
+        seconds = wanted - {DRAIN}
+        is_job_due = time.monotonic() - self._job_at > _JOB_EVERY_S
+        redis: Any = self._redis  # whose methods may be awaited, which its types do not say
+        if DRAIN in wanted and await redis.lpush(_RINGS, b"1") > _RINGS_KEPT:
+            await redis.ltrim(_RINGS, 0, _RINGS_KEPT - 1)
+        if not seconds and not is_job_due:
             return
-        async with self._redis.pipeline(transaction=False) as pipe:
-            if DRAIN in wanted:
-                pipe.lpush(_RINGS, b"1")
-                pipe.ltrim(_RINGS, 0, _RINGS_KEPT - 1)
-            # Those whose time has come: what is deferred says nothing about who takes jobs.
-            pipe.zcount(QUEUE, "-inf", time.time() * 1000)
-            *_, untaken = await pipe.execute()
-        if untaken > _JOBS_KEPT:
+        # Those whose time has come: what is deferred says nothing about who takes jobs.
+        if await self._redis.zcount(QUEUE, "-inf", time.time() * 1000) > _JOBS_KEPT:
             return
-        if DRAIN in wanted and time.monotonic() - self._job_at > _JOB_EVERY_S:
+        if DRAIN in wanted and is_job_due:
             self._job_at = time.monotonic()
             await self._redis.enqueue_job(DRAIN)
-        for second in wanted - {DRAIN}:
+        for second in seconds:
             when = datetime.fromtimestamp(int(second), UTC)
             await self._redis.enqueue_job(DRAIN, _job_id=f"{DRAIN}:{second}", _defer_until=when)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from mailgrpc.server.feed import Feed
 from mailgrpc.server.intake import Intake
 from mailgrpc.server.interceptors import Edge
 from mailgrpc.server.mail import MailService, Parts
+from mailgrpc.server.port import reserved
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
 from mailgrpc.server.tls import read_pair
@@ -42,6 +44,10 @@ WORKERS = "mailgrpc.workers"
 _HEALTH_EVERY_S = 2.0
 # What is somewhat too large is still received, so that it is refused with details (interceptors).
 _RECEIVED_BYTES = MAX_REQUEST_BYTES * 6 // 5
+LISTENERS = 4 if sys.platform == "linux" else 1
+"""gRPC's servers in this process, on one port. Each asks for one call after the other, which takes
+several turns of the event loop and a way through a thread; so connections are spread over several,
+which take calls in side by side. Linux alone spreads them."""
 # In the pool of descriptors, so that reflection can name them and error details print.
 _TOLD_BY_REFLECTION = (error_details_pb2, status_pb2)
 
@@ -123,7 +129,8 @@ class MailServer:
             )
         )
         self._health = health.aio.HealthServicer()
-        self._server: grpc.aio.Server | None = None
+        self._servers: list[grpc.aio.Server] = []
+        self._port = contextlib.ExitStack()
         self._watcher: asyncio.Task[None] | None = None
         self._witness = Witness()
 
@@ -132,27 +139,38 @@ class MailServer:
         await check_schema(self._database)
         self._warn_of_what_is_open()
         await self._feed.start()
-        server = grpc.aio.server(options=_options(shared=self._settings.sibling is not None))
         edge = Edge(
             self._database.with_patience(LOOK_UP_S),
             keys=self._settings.auth == "keys",
             deadline_s=self._settings.default_deadline_s,
         )
+        servers = [self._made(edge) for _ in range(LISTENERS)]
+        try:
+            listen = self._listen(servers)
+        except SettingsError:
+            self._port.close()
+            await self._feed.stop()
+            raise
+        await self._tell_health()
+        for server in servers:
+            await server.start()
+        self._servers = servers
+        self._watcher = asyncio.create_task(self._watch_health())
+        return listen
+
+    def _made(self, edge: Edge) -> grpc.aio.Server:
+        """One of gRPC's servers, with all that is served."""
+        server = grpc.aio.server(options=_options(shared=self._shares_port))
         mail_service_pb2_grpc.add_MailServiceServicer_to_server(self._service, edge.around(server))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        try:
-            port = self._listen(server)
-        except SettingsError:
-            await self._feed.stop()
-            raise
-        await self._tell_health()
-        await server.start()
-        self._server = server
-        self._watcher = asyncio.create_task(self._watch_health())
-        return HostPort(self._settings.listen.host, port)
+        return server
+
+    @property
+    def _shares_port(self) -> bool:
+        return LISTENERS > 1 or self._settings.sibling is not None
 
     async def stop(self, grace_s: float | None = None) -> None:
         """End: no new calls, waiting ones answered, streams told to resume elsewhere.
@@ -167,8 +185,8 @@ class MailServer:
         with contextlib.suppress(Exception):
             await self._health.enter_graceful_shutdown()
         self._feed.end_streams()
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        self._port.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._intake.drain(), max(0.0, ends_at - clock()))
         await self._feed.stop()
@@ -178,22 +196,29 @@ class MailServer:
 
     async def wait(self) -> None:
         """Return when the server has ended."""
-        if self._server is not None:
-            await self._server.wait_for_termination()
+        await asyncio.gather(*(server.wait_for_termination() for server in self._servers))
 
-    def _listen(self, server: grpc.aio.Server) -> int:
-        address = str(self._settings.listen)
+    def _listen(self, servers: Sequence[grpc.aio.Server]) -> HostPort:
+        """Bind them all to the one port; where. Raises SettingsError."""
+        listen, credentials = self._settings.listen, None
         cert, key = self._settings.tls_cert_file, self._settings.tls_key_file
-        try:
-            if cert is None or key is None:
-                return server.add_insecure_port(address)
+        if cert is not None and key is not None:
             credentials = grpc.ssl_server_credentials([read_pair(cert, key)])
-            return server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise SettingsError(
-                f"cannot listen on {address}: the port is taken or not ours "
-                "(MAILGRPC_LISTEN chooses another)"
-            ) from error
+        if self._shares_port and self._settings.sibling is None:  # else whoever started us holds it
+            listen = self._port.enter_context(reserved(listen))
+        for server in servers:
+            try:
+                if credentials is None:
+                    port = server.add_insecure_port(str(listen))
+                else:
+                    port = server.add_secure_port(str(listen), credentials)
+            except RuntimeError as error:
+                raise SettingsError(
+                    f"cannot listen on {listen}: the port is taken or not ours "
+                    "(MAILGRPC_LISTEN chooses another)"
+                ) from error
+            listen = HostPort(listen.host, port)
+        return listen
 
     def _warn_of_what_is_open(self) -> None:
         loopback = self._settings.listen.host in ("127.0.0.1", "::1", "localhost")

@@ -69,6 +69,7 @@ class Feed:
         self._rest_until = 0.0
         self._wake = asyncio.Event()
         self._reader_came = asyncio.Event()
+        self._is_read = asyncio.Event()
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -108,6 +109,7 @@ class Feed:
         """A reader from `place` on. What it is handed is a project's and may fit the filter."""
         reader = self.ring.add(project_id, place, wanted)
         self._reader_came.set()
+        self._is_read.set()
         try:
             yield reader
         finally:
@@ -236,8 +238,15 @@ class Feed:
         return True
 
     async def _listen(self) -> None:
-        async for _ in self._doorbell.feed_hints():
-            self._wake.set()
+        """Listen for hints while somebody reads: one that nobody hears costs its sender less."""
+        while True:
+            await self._is_read.wait()
+            async with contextlib.aclosing(self._doorbell.feed_hints()) as hints:
+                async for _ in hints:
+                    self._wake.set()
+                    if not self.ring.reader_count:
+                        self._is_read.clear()
+                        break
 
     async def _labelled(self, events: Sequence[Event]) -> list[Event]:
         """The events with what their messages are found by, asked once a message."""

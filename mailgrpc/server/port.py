@@ -1,8 +1,8 @@
-"""A port for several server processes: held against everybody else, shared by ours.
+"""A port for several servers: held against everybody else, shared by ours.
 
-What is promised: while `reserved` lasts, children of this process can listen on the port with
-SO_REUSEPORT, and nobody else's server gets it, also while none of the children lives. If the port
-is not free, that is an error here, before a child starts.
+What is promised: while `reserved` lasts, servers of this process and of its children can listen on
+the port with SO_REUSEPORT, and nobody else's server gets it, also while none of them lives. If the
+port is not free, that is an error here, before one of them starts.
 
 What can go wrong: a second `serve --processes` would set SO_REUSEPORT too, so that the kernel lets
 it in and half of the calls go to it. So one socket does both jobs, and never listens:
