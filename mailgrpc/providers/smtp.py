@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import nullcontext
 
 from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.message import MailMessage
@@ -122,7 +123,8 @@ class SmtpProvider:
         except ValueError as error:
             return everyone(call, Result(Outcome.REJECTED, Cause.CONTENT, text=str(error)))
         try:
-            async with asyncio.timeout_at(deadline):
+            # Mostly one is free, and then nothing is waited for that would have to be timed.
+            async with asyncio.timeout_at(deadline) if self._slots.locked() else nullcontext():
                 await self._slots.acquire()
         except TimeoutError:
             text = "no connection was free within the time of the attempt"
@@ -161,9 +163,12 @@ class SmtpProvider:
         parameters = f" SIZE={len(content)}" if "size" in wire.extensions else ""
         if needs_smtputf8(call.message) or not all(map(str.isascii, recipients)):
             parameters += " BODY=8BITMIME SMTPUTF8"
-        envelope = Envelope(envelope.sender, recipients, parameters)
+        if len(recipients) < len(refusals):
+            envelope = Envelope(envelope.sender, recipients)
         answer_s = self._attempt_timeout_s * _ANSWER_SHARE
-        results = iter(await transact(wire, envelope, content, call.last_look, deadline, answer_s))
+        results = iter(
+            await transact(wire, envelope, parameters, content, call.last_look, deadline, answer_s)
+        )
         return [refusal or next(results) for refusal in refusals]
 
     async def probe(self) -> str:

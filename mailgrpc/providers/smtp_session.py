@@ -40,10 +40,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mailgrpc import failpoints
 from mailgrpc.core.delivery import Cause, Outcome, Result
+from mailgrpc.core.value import value
 from mailgrpc.providers.provider import worker_lost
 from mailgrpc.providers.smtp_replies import Reply, Stage, result_of
 from mailgrpc.providers.smtp_wire import SmtpWire, WireBroken
@@ -59,13 +60,12 @@ class Stale(Exception):
     """A connection used before was found dead before the server took in anything of this mail."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Envelope:
-    """Who sends to whom, and how the command lines say it."""
+    """Who sends to whom."""
 
     sender: str
     recipients: Sequence[str]
-    mail_parameters: str = ""  # " SIZE=…", " SMTPUTF8", with the blank before
 
     def __post_init__(self) -> None:
         for address in (self.sender, *self.recipients):
@@ -73,9 +73,9 @@ class Envelope:
                 raise ValueError("an address holds what cannot stand in an SMTP command")
             address.encode()  # a lone surrogate cannot: UnicodeEncodeError, a ValueError
 
-    def commands(self) -> list[bytes]:
-        """MAIL FROM and the RCPT TOs, as lines."""
-        lines = [f"MAIL FROM:<{self.sender}>{self.mail_parameters}\r\n"]
+    def commands(self, parameters: str) -> list[bytes]:
+        """MAIL FROM and the RCPT TOs, as lines. Parameters (" SIZE=…") have their blank before."""
+        lines = [f"MAIL FROM:<{self.sender}>{parameters}\r\n"]
         lines += [f"RCPT TO:<{address}>\r\n" for address in self.recipients]
         return [line.encode() for line in lines]
 
@@ -91,12 +91,13 @@ class _Ended(Exception):
 async def transact(
     wire: SmtpWire,
     envelope: Envelope,
+    parameters: str,
     content: bytes,
     last_look: Callable[[], bool],
     deadline: float,
     answer_s: float,
 ) -> list[Result]:
-    """Send one mail. One Result a recipient, in their order.
+    """Send one mail. One Result a recipient, in their order. `parameters` are those of MAIL.
 
     `content` ends in CRLF. `deadline` (a time of the loop) bounds the whole, but for the answer to
     the dot, which is awaited for `answer_s` at the least. Raises Stale alone.
@@ -106,7 +107,7 @@ async def transact(
     is_reused = wire.mails > 0
     wire.mails += 1
     try:
-        await _open(wire, envelope, verdicts, is_reused, deadline)
+        await _open(wire, envelope.commands(parameters), verdicts, is_reused, deadline)
         result = await _send_content(wire, content, last_look, deadline, answer_s)
     except _Ended as ended:
         result = ended.result
@@ -119,13 +120,13 @@ async def transact(
 
 async def _open(
     wire: SmtpWire,
-    envelope: Envelope,
+    envelope: Sequence[bytes],
     verdicts: list[Result | None],
     is_reused: bool,
     deadline: float,
 ) -> None:
     """MAIL, RCPT and DATA, until the server waits for content. Raises _Ended, WireBroken, Stale."""
-    commands = [*envelope.commands(), b"DATA\r\n"]
+    commands = [*envelope, b"DATA\r\n"]
     pipelines = "pipelining" in wire.extensions
     if pipelines:
         first = await _first_reply(wire, b"".join(commands), len(commands), is_reused, deadline)
