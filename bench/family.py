@@ -21,6 +21,7 @@ from mailgrpc.embedded.postgres import EmbeddedPostgres
 from mailgrpc.embedded.valkey import EmbeddedValkey
 
 TICKS = os.sysconf("SC_CLK_TCK")
+_LINES_SHOWN = 10
 
 
 class Child:
@@ -59,8 +60,12 @@ class Child:
         return sum(_peak_kb(pid) for pid in tree(self.process.pid)) / 1024
 
     def stop(self) -> None:
+        """End it, and repeat its warnings: a row in which it had some to tell is to be doubted."""
         self.process.terminate()
-        self.process.communicate(timeout=40)
+        said = self.process.communicate(timeout=40)[1].decode(errors="replace").splitlines()
+        warnings = [line for line in said if "WARNING" in line or "ERROR" in line]
+        for line in warnings[:_LINES_SHOWN]:
+            print(f"{self.process.args[3]}: {line}", file=sys.stderr)
 
 
 def tree_cpu_s(pid: int) -> float:

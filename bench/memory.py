@@ -19,9 +19,9 @@ def pss_mb(pid: int) -> float:
     return sum(_field_kb(each, "Pss:") for each in tree(pid)) / 1024
 
 
-def anonymous_mb(pid: int) -> float:
-    """What is resident and of no file and no shared memory."""
-    return sum(_field_kb(each, "Pss_Anon:") for each in tree(pid)) / 1024
+def anonymous_mb(pid: int) -> dict[int, float]:
+    """What is resident and of no file and no shared memory, of each process."""
+    return {each: _field_kb(each, "Pss_Anon:") / 1024 for each in tree(pid)}
 
 
 def rss_mb(pid: int) -> float:

@@ -34,6 +34,7 @@ _LOAD_RUN_S = 30.0
 _SAMPLE_EVERY_S = 5.0
 _KEPT_UP = 0.9  # of the wanted rate; between two runs the next one's mails are made
 _PROBE = 10_000
+_POSTGRES = "PostgreSQL, not shared, those processes that lived through both"
 _SLACK_MB = 1.0  # a page or two of the allocator; 5 % of the smallest process is 4 MB
 
 
@@ -42,6 +43,7 @@ class _Samples:
     """What was found, one value a sample."""
 
     memory: dict[str, list[float]] = field(default_factory=dict)
+    postgres: list[dict[int, float]] = field(default_factory=list)  # by process
     dead: list[float] = field(default_factory=list)
     pages: list[float] = field(default_factory=list)
 
@@ -77,6 +79,7 @@ def _soak(row: Measured, ours: Gateway, rate: float) -> None:
     )
     row.limit("the load was kept up", load.messages >= _KEPT_UP * rate * seconds)
     row.check("streams", wanted=STREAMS, opened=opened)
+    samples.memory[_POSTGRES] = _of_those_that_lived(samples.postgres)
     for name, values in samples.memory.items():
         second, last = _thirds(values)
         row.facts[f"{name}, second and last third"] = f"{second:.1f} MB, {last:.1f} MB"
@@ -130,8 +133,8 @@ def _sample(samples: _Samples, ours: Gateway) -> None:
     now = {
         "server": ours.server.memory_mb(),
         "worker": ours.worker.memory_mb(),
-        "PostgreSQL, not shared": anonymous_mb(ours.family.postgres_pid()),
     }
+    samples.postgres.append(anonymous_mb(ours.family.postgres_pid()))
     for name, value in now.items():
         samples.memory.setdefault(name, []).append(value)
     [found] = ours.family.sql(
@@ -141,6 +144,15 @@ def _sample(samples: _Samples, ours: Gateway) -> None:
     )
     samples.dead.append(found["dead"])
     samples.pages.append(found["pages"])
+
+
+def _of_those_that_lived(samples: list[dict[int, float]]) -> list[float]:
+    """The sum over the processes that were there in the second and the last third, sample by sample.
+
+    One more connection is one more process, and not a process that has grown.
+    """
+    lived = set.intersection(*(set(sample) for sample in samples[len(samples) // 3 :]))
+    return [sum(sample.get(pid, 0.0) for pid in lived) for sample in samples]
 
 
 def _thirds(values: list[float]) -> tuple[float, float]:

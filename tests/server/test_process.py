@@ -19,7 +19,9 @@ from mailgrpc.db.engine import Database
 from mailgrpc.db.workers import SessionRow, open_session
 from mailgrpc.errors import SchemaError, SettingsError
 from mailgrpc.server import app
-from mailgrpc.server.app import WORKERS, MailServer, Witness
+from mailgrpc.server.app import LISTENERS, WORKERS, MailServer, Witness
+from mailgrpc.v1 import mail_service_pb2 as pb
+from mailgrpc.v1 import mail_service_pb2_grpc
 from tests.gateway import PATIENCE_S, Gateway, enqueue, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -160,6 +162,20 @@ async def test_a_second_server_on_a_taken_port_fails_clearly(server_only: Gatewa
     with pytest.raises(SettingsError, match=f"{server_only.target}.*taken.*MAILGRPC_LISTEN"):
         await second.start()
     assert await health(server_only, "") == SERVING
+
+
+async def test_connections_are_spread_and_each_is_served_all(server_only: Gateway) -> None:
+    # Each channel has a connection of its own; which of gRPC's servers takes it is the kernel's choice.
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(server_only.target, alone) for _ in range(4 * LISTENERS)]
+    for channel in channels:
+        stub = mail_service_pb2_grpc.MailServiceStub(channel)
+        sent = await stub.Enqueue(enqueue())
+        status = await stub.GetStatus(pb.GetStatusRequest(message_id=sent.message_id))
+        assert status.status.message_id == sent.message_id
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == SERVING
+    await asyncio.gather(*(channel.close() for channel in channels))
 
 
 async def test_a_key_file_that_is_missing_is_named(settings: Settings, db: Database) -> None:
