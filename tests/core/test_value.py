@@ -21,5 +21,5 @@ def test_a_value_has_its_fields_and_no_others() -> None:
 
 def test_the_type_checker_holds_a_value_frozen() -> None:
     change = "from mailgrpc.core.message import Mailbox\nMailbox('ann@example.org').name = 'Ann'"
-    told, _, _ = api.run(["--follow-imports=silent", "-c", change])
+    told, _, _ = api.run(["--config-file=", "--follow-imports=silent", "-c", change])
     assert 'Property "name" defined in "Mailbox" is read-only' in told
