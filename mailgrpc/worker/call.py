@@ -25,8 +25,8 @@ from mailgrpc.providers.provider import Addressee, Provider, SendCall
 log = logging.getLogger(__name__)
 
 GIVEN_UP_AT_CLAIMS = 6
-CONTENT_BYTES = 32 * 1024 * 1024
-"""Stored content of a batch; a message may have 10 MiB, and a claim has 200."""
+CONTENT_BYTES = 16 * 1024 * 1024
+"""Stored content of a batch, of which there may be two; a message may have 10 MiB, a claim 200."""
 
 _ERASED = Result(Outcome.REJECTED, Cause.CONTENT, text="the content has been erased")
 _GIVEN_UP = Result(

@@ -10,6 +10,10 @@ Nothing is claimed or started by a session that was not heard in time, without a
 journal for every result, or while the channel pauses (breaker.py). After that pause one delivery
 is claimed, as its probe, and its result awaited.
 
+While the last of a full claim is being started, the next claim is made and its contents are read: with
+a backlog the worker would otherwise wait for PostgreSQL three times a batch. What was claimed ahead is
+put back where it cannot be started after all.
+
 The loop is woken by a flag that is cleared *before* the claim: a ring that comes during the claim
 is not lost, it makes one more claim. Rings come from the doorbell, from the sweeper every second,
 and from the clock: a claim that finds nothing answers when the next delivery will be due.
@@ -35,7 +39,8 @@ import math
 import random
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from mailgrpc import failpoints
 from mailgrpc.core.ids import new_id
@@ -67,6 +72,15 @@ _SOON_S = 0.005
 _RETRY_S = 0.5
 _RETRY_MAX_S = 30.0
 _REFUSALS = 20  # of a start in doubt, until its session is left to the reaper
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one claim has leased, grouped and read. `is_full`: there may be more."""
+
+    session_id: int
+    groups: deque[Group]
+    is_full: bool
 
 
 class Drain:
@@ -113,6 +127,7 @@ class Drain:
         self._epoch = 0  # sessions.py: counts what was given back because its fate was not known
         self._claims_astray = False
         self._suspect: uuid.UUID | None = None  # passed over by the last claim
+        self._ahead: asyncio.Task[_Batch | float] | None = None  # the next claim
         self._ended_id: int | None = None  # a session that was told to have ended
         self._is_behind = True  # there may be results from before that are not recorded
         self._retry_s = _RETRY_S
@@ -130,13 +145,18 @@ class Drain:
 
     async def run(self) -> None:
         """Drain until told to stop. Survives PostgreSQL, and the end of its session."""
-        while not self._stopping:
-            self._wake.clear()
-            idle_s = await self._guarded_pass()
-            if idle_s is not None and not self._stopping:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(idle_s, _IDLE_S)):
-                        await self._wake.wait()
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                idle_s = await self._guarded_pass()
+                if idle_s is not None and not self._stopping:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(min(idle_s, _IDLE_S)):
+                            await self._wake.wait()
+            await self._put_back_ahead()
+        finally:
+            if self._ahead is not None:
+                self._ahead.cancel()  # our end must not wait for the store: the session gives it back
 
     async def burst(self) -> None:
         """Send all that is due now, and see it recorded. Raises StoreUnavailable, SessionEnded."""
@@ -146,6 +166,7 @@ class Drain:
                 return
             await self.settle()
             await self._recorder.drain()
+        await self._put_back_ahead()
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
@@ -159,6 +180,7 @@ class Drain:
         session_id = self._session.session_id
         try:
             if self._ended_id is not None:
+                await self._drop_ahead()  # its session is over, and with it the lease
                 await self._session.renew(self._ended_id)
                 self._ended_id, session_id = None, self._session.session_id
             await self._give_back_astray()
@@ -189,6 +211,7 @@ class Drain:
 
     async def _give_back_astray(self) -> None:
         if self._claims_astray:
+            await self._drop_ahead()
             self._epoch += 1
             await self._session.give_back(self._session.session_id, self.channel, self._epoch)
             self._claims_astray = False
@@ -196,11 +219,43 @@ class Drain:
     async def drain_once(self) -> float | None:
         """Claim one batch and see all of it started. None: look again at once; else seconds."""
         if (pause_s := self.breaker.wait_s) or self._journal.trouble:
+            await self._put_back_ahead()
             return pause_s or _RETRY_S
         is_probe = not self.breaker.is_closed
         session_id = self._session.session_id
         self._check_heard(session_id)
-        most = 1 if is_probe else CLAIM_DELIVERIES
+        if is_probe:
+            await self._put_back_ahead()
+        batch = await self._next_claim(session_id, 1 if is_probe else CLAIM_DELIVERIES)
+        if not isinstance(batch, _Batch):
+            return batch
+        waiting = batch.groups
+        probes: list[asyncio.Future[None]] = []
+        try:
+            while waiting and (groups := await self._next_batch(waiting, is_probe)):
+                if batch.is_full and not waiting and not is_probe:
+                    claim = self._claim(session_id, CLAIM_DELIVERIES)
+                    self._ahead = asyncio.create_task(claim)
+                    self._ahead.add_done_callback(_heard)
+                probes += await self._start(session_id, groups, is_probe)
+        except asyncio.CancelledError:
+            waiting.clear()  # our end must not wait for the store: the session gives all back
+            raise
+        finally:
+            await self._release(session_id, _ids(waiting))
+        if probes:
+            await asyncio.wait(probes)
+        return None
+
+    async def _next_claim(self, session_id: int, most: int) -> _Batch | float:
+        """The claim that was made ahead, or else a new one."""
+        if (ahead := await self._taken_ahead()) is not None and ahead.groups:
+            return ahead
+        # One that found nothing says nothing: whoever rang since was heard before this pass.
+        return await self._claim(session_id, most)
+
+    async def _claim(self, session_id: int, most: int) -> _Batch | float:
+        """Claim, group and read; or when something will be due, in seconds. One at a time."""
         claims = await claim_due(
             self._database,
             session_id,
@@ -213,29 +268,37 @@ class Drain:
         self._suspect = claims.suspect
         self._outage.over()
         failpoints.reach("drain.claimed")
-        if not claims.claimed:
-            return math.inf if claims.next_due_in_s is None else max(claims.next_due_in_s, _SOON_S)
-        self._after_project = claims.claimed[-1].project_id
-        if len(claims.claimed) >= CLAIM_DELIVERIES and self._has_others():
-            self._doorbell.ring()  # there is more: wakes the next worker
         claimed = claims.claimed
-        waiting = deque(await group_claims(self._database, claimed, self._group_max))
-        grouped = {i for group in waiting for i in group.delivery_ids}
+        if not claimed:
+            return math.inf if claims.next_due_in_s is None else max(claims.next_due_in_s, _SOON_S)
+        self._after_project = claimed[-1].project_id
+        is_full = len(claimed) >= CLAIM_DELIVERIES
+        if is_full and self._has_others():
+            self._doorbell.ring()  # there is more: wakes the next worker
+        groups = deque(await group_claims(self._database, claimed, self._group_max))
+        grouped = set(_ids(groups))
         await self._leave_out(
             session_id, [c.delivery_id for c in claimed if c.delivery_id not in grouped]
         )
-        probes: list[asyncio.Future[None]] = []
-        try:
-            while waiting and (batch := await self._next_batch(waiting, is_probe)):
-                probes += await self._start(session_id, batch, is_probe)
-        except asyncio.CancelledError:
-            waiting.clear()  # our end must not wait for the store: the session gives all back
-            raise
-        finally:
-            await self._release(session_id, [i for group in waiting for i in group.delivery_ids])
-        if probes:
-            await asyncio.wait(probes)
-        return None
+        return _Batch(session_id, groups, is_full)
+
+    async def _taken_ahead(self) -> _Batch | None:
+        """What was claimed ahead, which is nobody's after that. Raises what its claim met."""
+        if self._ahead is None:
+            return None
+        ahead, self._ahead = self._ahead, None
+        batch = await ahead
+        return batch if isinstance(batch, _Batch) else None
+
+    async def _put_back_ahead(self) -> None:
+        """Give back what was claimed ahead: it cannot be started now. Raises what its claim met."""
+        if (batch := await self._taken_ahead()) is not None:
+            await self._release(batch.session_id, _ids(batch.groups))
+
+    async def _drop_ahead(self) -> None:
+        """Forget what was claimed ahead: whoever calls gives back all that was claimed."""
+        with contextlib.suppress(Exception):
+            await self._taken_ahead()
 
     def _check_heard(self, session_id: int) -> None:
         """Raise StoreUnavailable where the last look would say no to whatever we started."""
@@ -333,6 +396,16 @@ class Drain:
                 self._claims_astray = self._claims_astray or in_doubt
                 return started
             await asyncio.sleep(_RETRY_S)
+
+
+def _heard(claim: asyncio.Task[_Batch | float]) -> None:
+    """Who waits for it is told what it met; at our end nobody waits."""
+    if not claim.cancelled():
+        claim.exception()
+
+
+def _ids(groups: Iterable[Group]) -> list[uuid.UUID]:
+    return [delivery_id for group in groups for delivery_id in group.delivery_ids]
 
 
 def _take(waiting: deque[Group], groups: int, deliveries: int) -> list[Group]:
