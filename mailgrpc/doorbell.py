@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 import msgpack
 from arq.connections import ArqRedis, RedisSettings
 from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.client import PubSub
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
 
@@ -138,8 +139,7 @@ class Doorbell:
             return
         while True:
             try:
-                async with Redis.from_url(self.url, socket_connect_timeout=1).pubsub() as hints:
-                    await hints.subscribe(_FEED)
+                async with self._subscribed() as hints:
                     self._note(None)
                     yield None
                     async for message in hints.listen():
@@ -148,6 +148,18 @@ class Doorbell:
             except _BROKEN as error:
                 self._note(error)
             await asyncio.sleep(_RECONNECT_S)
+
+    @contextlib.asynccontextmanager
+    async def _subscribed(self) -> AsyncGenerator[PubSub, None]:
+        assert self.url is not None
+        hints = Redis.from_url(self.url, socket_connect_timeout=1).pubsub()
+        try:
+            await hints.subscribe(_FEED)
+            yield hints
+        finally:
+            # A goodbye that fails must not take the place of what ended it.
+            with contextlib.suppress(*_BROKEN):
+                await hints.aclose()
 
     async def probe(self) -> str:
         """The server's version, for `mailgrpc doctor`. Raises RedisError or OSError."""

@@ -144,19 +144,26 @@ class MailServer:
             keys=self._settings.auth == "keys",
             deadline_s=self._settings.default_deadline_s,
         )
-        servers = [self._made(edge) for _ in range(LISTENERS)]
+        self._servers = [self._made(edge) for _ in range(LISTENERS)]
         try:
-            listen = self._listen(servers)
-        except SettingsError:
-            self._port.close()
-            await self._feed.stop()
+            listen = self._listen()
+            await self._tell_health()
+            for server in self._servers:
+                await server.start()
+        except BaseException:
+            await self._undo_start()
             raise
-        await self._tell_health()
-        for server in servers:
-            await server.start()
-        self._servers = servers
         self._watcher = asyncio.create_task(self._watch_health())
         return listen
+
+    async def _undo_start(self) -> None:
+        """Let go of the port, also where only some listen on it."""
+        self._port.close()
+        for server in self._servers:
+            with contextlib.suppress(Exception):
+                await server.start()  # one that never ran does not let go of its port
+                await server.stop(None)
+        await self._feed.stop()
 
     def _made(self, edge: Edge) -> grpc.aio.Server:
         """One of gRPC's servers, with all that is served."""
@@ -185,8 +192,8 @@ class MailServer:
         with contextlib.suppress(Exception):
             await self._health.enter_graceful_shutdown()
         self._feed.end_streams()
+        self._port.close()  # others may listen here as soon as ours do not
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
-        self._port.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._intake.drain(), max(0.0, ends_at - clock()))
         await self._feed.stop()
@@ -198,7 +205,7 @@ class MailServer:
         """Return when the server has ended."""
         await asyncio.gather(*(server.wait_for_termination() for server in self._servers))
 
-    def _listen(self, servers: Sequence[grpc.aio.Server]) -> HostPort:
+    def _listen(self) -> HostPort:
         """Bind them all to the one port; where. Raises SettingsError."""
         listen, credentials = self._settings.listen, None
         cert, key = self._settings.tls_cert_file, self._settings.tls_key_file
@@ -206,7 +213,7 @@ class MailServer:
             credentials = grpc.ssl_server_credentials([read_pair(cert, key)])
         if self._shares_port and self._settings.sibling is None:  # else whoever started us holds it
             listen = self._port.enter_context(reserved(listen))
-        for server in servers:
+        for server in self._servers:
             try:
                 if credentials is None:
                     port = server.add_insecure_port(str(listen))

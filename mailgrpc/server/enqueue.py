@@ -36,7 +36,7 @@ from mailgrpc.server import convert
 from mailgrpc.server.feed import Feed
 from mailgrpc.server.foresight import foreseen
 from mailgrpc.server.intake import Accepted, Intake, is_same_request
-from mailgrpc.server.interceptors import code_number, current_caller, translated
+from mailgrpc.server.interceptors import bare, code_number, current_caller, translated
 from mailgrpc.server.together import Together
 from mailgrpc.v1 import delivery_pb2
 from mailgrpc.v1 import mail_service_pb2 as pb
@@ -191,6 +191,8 @@ class Enqueue:
             return pb.EnqueueResult(response=await self._answer(project_id, taken, token))
         except Exception as error:  # noqa: BLE001  translated logs what nobody foresaw
             ours = translated(error, "EnqueueBatch")
+            # By its frames it holds the whole batch, and the batch holds it.
+            bare(error)
             return pb.EnqueueResult(error=convert.item_error(ours, code_number(ours)))
 
     async def _answer(

@@ -53,6 +53,8 @@ _POLL_HINTED_S = 1.0
 _POLL_UNHINTED_S = 0.1
 _IDLE_S = 1.0
 _RECONNECT_S = 0.5
+LISTENS_ON_S = 5.0
+"""How long hints are listened for after the last reader: the next one need not subscribe anew."""
 _REST = 5  # times as long as a look that found nothing for anybody
 _LONGEST_REST_S = 0.02
 
@@ -70,6 +72,7 @@ class Feed:
         self._wake = asyncio.Event()
         self._reader_came = asyncio.Event()
         self._is_read = asyncio.Event()
+        self._left_at = 0.0  # when the last reader went
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -114,6 +117,7 @@ class Feed:
             yield reader
         finally:
             self.ring.remove(reader)
+            self._left_at = asyncio.get_running_loop().time()
 
     async def now(self) -> dict[int, Position]:
         """The end of the feed at this moment, asked of the database."""
@@ -239,14 +243,19 @@ class Feed:
 
     async def _listen(self) -> None:
         """Listen for hints while somebody reads: one that nobody hears costs its sender less."""
+        clock = asyncio.get_running_loop().time
         while True:
             await self._is_read.wait()
-            async with contextlib.aclosing(self._doorbell.feed_hints()) as hints:
-                async for _ in hints:
-                    self._wake.set()
-                    if not self.ring.reader_count:
-                        self._is_read.clear()
-                        break
+            try:
+                async with contextlib.aclosing(self._doorbell.feed_hints()) as hints:
+                    async for _ in hints:
+                        self._wake.set()
+                        if not self.ring.reader_count and clock() - self._left_at > LISTENS_ON_S:
+                            self._is_read.clear()
+                            break
+            except Exception:
+                log.exception("listening for hints failed; it goes on")
+                await asyncio.sleep(_RECONNECT_S)
 
     async def _labelled(self, events: Sequence[Event]) -> list[Event]:
         """The events with what their messages are found by, asked once a message."""

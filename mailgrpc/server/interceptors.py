@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -148,6 +148,9 @@ def translated(error: BaseException, method: str) -> RequestError:
     return RequestError(Reason.INTERNAL, f"internal error {error_id}")
 
 
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+
 class _NoAnswer(RequestError):
     """The server's own deadline has passed. Not of the contract's reasons: plain gRPC says it."""
 
@@ -158,7 +161,7 @@ class _NoAnswer(RequestError):
         )
 
 
-def _bare(error: RequestError) -> RequestError:
+def bare(error: ErrorT) -> ErrorT:
     """The error without the frames that it came through."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
@@ -250,7 +253,7 @@ class Edge:
             # gRPC keeps what `abort` raises in a cycle with the call, and by its frames all that
             # they hold. A refused request of megabytes must not wait there to be found.
             request = None
-            return await _abort(context, _bare(failure))
+            return await _abort(context, bare(failure))
 
         return run
 

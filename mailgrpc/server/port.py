@@ -40,7 +40,7 @@ def reserved(listen: HostPort) -> Iterator[HostPort]:
     with contextlib.ExitStack() as held:
         try:
             port = _reserve_all(held, listen)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name that cannot be one is a UnicodeError
             raise SettingsError(
                 f"cannot listen on {listen}: {_why(error)} (MAILGRPC_LISTEN chooses another)"
             ) from error
@@ -86,7 +86,9 @@ def _reserve(held: contextlib.ExitStack, family: socket.AddressFamily, host: str
     return int(place.getsockname()[1])
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):
+        return "that is no host"
     if error.errno == errno.EADDRINUSE:
         return "the port is taken"
     return (error.strerror or str(error)).lower()

@@ -69,6 +69,7 @@ class Wire:
         self._slots: set[asyncio.Task[None]] = set()
         self._asking = 0  # calls of the provider that are under way
         self._calls = 0  # these, and those in the line
+        self._abandoned = False
         self.freed = asyncio.Event()
         """Set when a call has ended: there may be room."""
 
@@ -109,6 +110,7 @@ class Wire:
 
     async def abandon(self) -> None:
         """End what is on the wire, unheard; the reaper settles it. What has no slot is not sent."""
+        self._abandoned = True
         while self._line:
             call = self._line.popleft()
             # Before its turn: proof that it was not sent, and the reaper has none.
@@ -148,11 +150,7 @@ class Wire:
             results = [_not_asked(reason)] * len(started)
         else:
             asked_at = self._breaker.now()
-            self._asking += 1
-            try:
-                results = await call_provider(self._provider, call.group, started, call.last_look)
-            finally:
-                self._asking -= 1
+            results = await self._ask(call)
             failpoints.reach("drain.sent")
             self._breaker.note(_telling(results), asked_at, self._asking)
         try:
@@ -161,6 +159,22 @@ class Wire:
             log.exception("the policy of %s cannot be read", started[0].delivery.delivery_id)
             policy = DEFAULT_POLICY
         self._recorder.put([self._end(s, r, policy) for s, r in zip(started, results, strict=True)])
+
+    async def _ask(self, call: _Call) -> list[Result]:
+        self._asking += 1
+        try:
+            return await call_provider(self._provider, call.group, call.started, call.last_look)
+        except asyncio.CancelledError as error:
+            if self._abandoned:
+                raise
+            # Nobody here cancels a slot else: it was meant for a call before, or was let out of one.
+            log.error("call %s was cancelled from within", call.started[0].call_id)
+            return [broken(Outcome.UNKNOWN, error)] * len(call.started)
+        finally:
+            self._asking -= 1
+            slot = asyncio.current_task()
+            while slot is not None and slot.cancelling() and not self._abandoned:
+                slot.uncancel()
 
     def _end(self, started: Started, result: Result, policy: RetryPolicy) -> Recorded:
         """What a result means, whatever breaks: else its delivery stayed in SENDING."""

@@ -251,3 +251,9 @@ def test_a_name_of_which_this_machine_lacks_an_address(monkeypatch: pytest.Monke
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(SettingsError, match="MAILGRPC_LISTEN"), reserved(HostPort("192.0.2.1", 1)):
         pass
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "x..y"])
+def test_a_name_that_cannot_be_a_host_is_told(host: str) -> None:
+    with pytest.raises(SettingsError, match="no host"), reserved(HostPort(host, 1)):
+        pass

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from mailgrpc import doorbell as doorbell_module
 from mailgrpc.config import Settings
 from mailgrpc.doorbell import Doorbell
+from mailgrpc.server import feed as feed_module
 from tests.feed.reading import watching
 from tests.gateway import Gateway, enqueue, until
 
@@ -38,8 +39,12 @@ async def listeners(settings: Settings) -> AsyncIterator[Listeners]:
 
 
 async def test_a_server_listens_only_while_somebody_watches(
-    server: Gateway, other_server: Gateway, listeners: Listeners
+    server: Gateway,
+    other_server: Gateway,
+    listeners: Listeners,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(feed_module, "LISTENS_ON_S", 0.0)
     await listeners.are(0)
     async with watching(server.stub) as stream:
         await listeners.are(1)

@@ -1,0 +1,41 @@
+"""The wire: what a provider does to the task that asks it is the matter of one call."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mailgrpc.core.delivery import Result, State
+from mailgrpc.db.engine import Database
+from mailgrpc.providers.capture import CaptureProvider
+from mailgrpc.providers.provider import SendCall
+from tests.worker.rig import Clock, Part, Store
+
+
+class Stray(CaptureProvider):
+    """Its first call cancels whoever asked it, once that one is answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = 0
+
+    async def send(self, call: SendCall) -> list[Result]:
+        self._calls += 1
+        task = asyncio.current_task()
+        assert task is not None
+        if self._calls == 1:
+            asyncio.get_running_loop().call_soon(task.cancel)
+        else:
+            await asyncio.sleep(0.01)
+        return await super().send(call)
+
+
+async def test_a_slot_that_is_cancelled_by_a_provider_goes_on_with_the_line(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    messages = await store.put_many([[f"a{n}@example.com"] for n in range(4)])
+    async with Part(db, clock, Stray(), concurrency=1) as part:
+        await part.work()
+    states = [await store.state(message) for message in messages]
+    assert sorted(states) == [State.DEFERRED, State.SENT, State.SENT, State.SENT]
+    hit = messages[states.index(State.DEFERRED)]
+    assert (await store.delivery(hit)).possibly_sent  # nobody knows
