@@ -698,13 +698,21 @@ async def test_a_time_out_from_within_is_not_told_as_the_callers(
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
 
 
-async def test_a_refused_call_holds_nothing_once_it_is_answered(server_only: Gateway) -> None:
-    """gRPC leaves what it raised in a cycle: that must not hold a request of megabytes."""
+@pytest.mark.parametrize("is_batch", [False, True])
+async def test_a_refused_call_holds_nothing_once_it_is_answered(
+    server_only: Gateway, is_batch: bool
+) -> None:
+    """What was raised lies in a cycle with who raised it: that must not hold a request of megabytes."""
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        await refusal_of(server_only.stub.Enqueue(enqueue("not an address")))
+        bad = enqueue("not an address")
+        if is_batch:
+            await server_only.stub.EnqueueBatch(batch(bad, enqueue()))
+        else:
+            await refusal_of(server_only.stub.Enqueue(bad))
+        del bad
         gc.collect()
         held = {type(left).__name__ for left in gc.garbage}
         assert not held & {"EnqueueRequest", "MailMessage", "Submission", "NewMessage"}
