@@ -46,7 +46,7 @@ _RINGS_KEPT = 16
 _JOBS_KEPT = 16
 # Between two of a kind, so many times as long as the last one took. A hint is cheaper than a ring,
 # and who watches sees every millisecond of it.
-_RING_REST, _HINT_REST = 3, 1
+_RING_REST, _HINT_REST = 3, 2
 _LONGEST_REST_S = 0.010
 _UNHEARD_REST_S = 0.05
 """After a hint that nobody heard: servers listen only while somebody watches."""

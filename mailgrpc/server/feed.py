@@ -55,8 +55,8 @@ _IDLE_S = 1.0
 _RECONNECT_S = 0.5
 LISTENS_ON_S = 5.0
 """How long hints are listened for after the last reader: the next one need not subscribe anew."""
-_REST = 5  # times as long as a look that found nothing for anybody
-_LONGEST_REST_S = 0.02
+_REST = 8  # times as long as a look that found nothing for anybody
+_LONGEST_REST_S = 0.04
 
 
 class Feed:

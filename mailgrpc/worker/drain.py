@@ -153,7 +153,8 @@ class Drain:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(min(idle_s, _IDLE_S)):
                             await self._wake.wait()
-            await self._put_back_ahead()
+            with contextlib.suppress(Exception):  # what we hold is given back with our session
+                await self._put_back_ahead()
         finally:
             if self._ahead is not None:
                 self._ahead.cancel()  # our end must not wait for the store: the session gives it back
@@ -249,7 +250,9 @@ class Drain:
 
     async def _next_claim(self, session_id: int, most: int) -> _Batch | float:
         """The claim that was made ahead, or else a new one."""
-        if (ahead := await self._taken_ahead()) is not None and ahead.groups:
+        ahead = await self._taken_ahead()
+        # Another channel may have met the end of our session, and begun a new one.
+        if ahead is not None and ahead.groups and ahead.session_id == session_id:
             return ahead
         # One that found nothing says nothing: whoever rang since was heard before this pass.
         return await self._claim(session_id, most)

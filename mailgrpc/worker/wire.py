@@ -135,6 +135,14 @@ class Wire:
             # In the same turn as the last look at the line: what comes next finds the slot free.
             self._slots.discard(asyncio.current_task())
 
+    def _uncancel(self) -> None:
+        """Take back a cancellation of this slot that was not ours. Raises CancelledError for ours."""
+        if self._abandoned:
+            raise asyncio.CancelledError
+        slot = asyncio.current_task()
+        while slot is not None and slot.cancelling():
+            slot.uncancel()
+
     def _note_end(self, call: _Call) -> None:
         self._journal.unreserve(len(call.started))  # what came back has taken them
         self._calls -= 1
@@ -165,16 +173,12 @@ class Wire:
         try:
             return await call_provider(self._provider, call.group, call.started, call.last_look)
         except asyncio.CancelledError as error:
-            if self._abandoned:
-                raise
+            self._uncancel()
             # Nobody here cancels a slot else: it was meant for a call before, or was let out of one.
             log.error("call %s was cancelled from within", call.started[0].call_id)
             return [broken(Outcome.UNKNOWN, error)] * len(call.started)
         finally:
             self._asking -= 1
-            slot = asyncio.current_task()
-            while slot is not None and slot.cancelling() and not self._abandoned:
-                slot.uncancel()
 
     def _end(self, started: Started, result: Result, policy: RetryPolicy) -> Recorded:
         """What a result means, whatever breaks: else its delivery stayed in SENDING."""
