@@ -1,6 +1,6 @@
 """Items that come singly and are worked through together.
 
-Reading a message takes a few thousand lines of Python. Between two calls gRPC and the kernel have the
+Reading a message is a long way through Python. Between two calls gRPC and the kernel have the
 processor, so that a message that is read in the task of its own call finds nothing of that in the
 caches any more, and its answer leaves alone. Read behind one another, and answered so, the same
 messages cost the server a third less of its time (docs/decisions/0020).

@@ -27,7 +27,8 @@ async def put(store: Store, count: int) -> None:
 
 
 async def claimed_ahead(part: Part, store: Store) -> None:
-    """One claim is started, and the one after it made."""
+    """Of ten deliveries one claim is started, and the one after it made."""
+    await put(store, 10)
     await part.drain.drain_once()
     assert await store.value(STARTED) == CLAIM
     await store.until(f"SELECT ({CLAIMED}) = {2 * CLAIM}")
@@ -36,7 +37,6 @@ async def claimed_ahead(part: Part, store: Store) -> None:
 async def test_the_next_claim_is_made_while_the_last_is_started(
     db: Database, store: Store, clock: Clock
 ) -> None:
-    await put(store, 10)
     provider = Gate()
     async with Part(db, clock, provider) as part:
         await claimed_ahead(part, store)
@@ -49,7 +49,6 @@ async def test_the_next_claim_is_made_while_the_last_is_started(
 async def test_a_channel_that_pauses_puts_back_what_was_claimed_ahead(
     db: Database, store: Store, clock: Clock
 ) -> None:
-    await put(store, 10)
     async with Part(db, clock, Gate()) as part:
         await claimed_ahead(part, store)
         refused = Result(Outcome.DEFERRED, Cause.CONNECTION, text="refused", of_channel=True)
@@ -61,7 +60,6 @@ async def test_a_channel_that_pauses_puts_back_what_was_claimed_ahead(
 async def test_a_worker_that_stops_puts_back_what_it_claimed_ahead(
     db: Database, store: Store, clock: Clock
 ) -> None:
-    await put(store, 10)
     provider = Gate()
     async with Part(db, clock, provider) as part:
         await claimed_ahead(part, store)
