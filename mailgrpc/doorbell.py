@@ -21,10 +21,10 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgpack
@@ -36,6 +36,7 @@ from redis.exceptions import RedisError
 
 from mailgrpc.errors import SettingsError
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 QUEUE = "mailgrpc:arq"
@@ -131,6 +132,19 @@ class Doorbell:
             return False
         self._note(None)
         return answer is not None
+
+    async def ask(self, command: Callable[[Any], Awaitable[T]], within_s: float) -> T | None:
+        """What a command answers that is given the connection; None where Redis did not in time."""
+        if self._redis is None:
+            return None
+        try:
+            async with asyncio.timeout(within_s):
+                answer = await command(self._redis)
+        except _BROKEN as error:
+            self._note(error)
+            return None
+        self._note(None)
+        return answer
 
     async def feed_hints(self) -> AsyncGenerator[None, None]:
         """Yield at each hint, and once whenever the subscription begins anew; never ends."""

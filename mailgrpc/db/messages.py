@@ -46,11 +46,31 @@ class NewMessage:
 
 
 @value
+class Start:
+    """Who starts what of a flush in the same commit: for each message an attempt, or None.
+
+    Those with one have one recipient, and are of this channel. See mailgrpc/handover.py.
+    """
+
+    session_id: int
+    epoch: int
+    channel: str
+    attempts: Sequence[uuid.UUID | None]
+
+
+# In the order of the function's parameters, of which the last four may be left out.
+_ENQUEUE = """SELECT * FROM enqueue_messages($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
+    $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27)"""
+_ENQUEUE_AND_START = _ENQUEUE.replace("$27", "$27, $28, $29, $30, $31")
+
+
+@value
 class Inserted:
     """What of a flush was not plain: who was `known` by the request_id, who is not all queued."""
 
     known: frozenset[uuid.UUID]
     with_suppressed: frozenset[uuid.UUID]
+    unstarted: bool = False  # the session of a Start has ended, or begun a later epoch
 
 
 @value
@@ -64,8 +84,10 @@ class KnownRequest:
     response: object
 
 
-async def insert_messages(db: Database, lane: int, new: Sequence[NewMessage]) -> Inserted:
-    """Store a flush: one round trip, one transaction, all or nothing.
+async def insert_messages(
+    db: Database, lane: int, new: Sequence[NewMessage], start: Start | None = None
+) -> Inserted:
+    """Store a flush, and start what is to be: one round trip, one transaction, all or nothing.
 
     Running it again after AmbiguousCommit with the same messages adds nothing; `known` then names
     them, and their request ids lead to their own message ids. Raises StoreUnavailable and, for a
@@ -84,10 +106,11 @@ async def insert_messages(db: Database, lane: int, new: Sequence[NewMessage]) ->
         for index, m in enumerate(new, 1)
         for number, (r, dedupe_key) in enumerate(_recipients(m.submission), 1)
     ]
+    started = (
+        (start.session_id, start.epoch, start.channel, start.attempts) if start is not None else ()
+    )
     rows = await db.write(
-        # $1..$27 in the order of the function's parameters.
-        "SELECT * FROM enqueue_messages($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,"
-        "$17,$18,$19,$20,$21,$22,$23,$24,$25,$26,$27)",
+        _ENQUEUE_AND_START if started else _ENQUEUE,
         lane,
         [m.message_id for m in new],
         [m.project_id for m in new],
@@ -115,10 +138,12 @@ async def insert_messages(db: Database, lane: int, new: Sequence[NewMessage]) ->
         [r[2] for r in recipients],
         [r[3] for r in recipients],
         [r[4] for r in recipients],
+        *started,
     )
     return Inserted(
         known=frozenset(row["message_id"] for row in rows if row["what"] == "known"),
         with_suppressed=frozenset(row["message_id"] for row in rows if row["what"] == "suppressed"),
+        unstarted=any(row["what"] == "unstarted" for row in rows),
     )
 
 

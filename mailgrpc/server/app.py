@@ -18,10 +18,11 @@ from grpc_reflection.v1alpha import reflection
 from mailgrpc.config import HostPort, Settings
 from mailgrpc.core.message import MAX_REQUEST_BYTES
 from mailgrpc.db.engine import FEED_S, LOOK_UP_S, Database
-from mailgrpc.db.schema import check_schema
+from mailgrpc.db.schema import check_schema, read_installation
 from mailgrpc.db.workers import SessionRow, read_sessions
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import SettingsError, StoreUnavailable
+from mailgrpc.handover import Handover
 from mailgrpc.providers.provider import Provider
 from mailgrpc.providers.registry import open_channels
 from mailgrpc.server.clear import Clear
@@ -29,6 +30,7 @@ from mailgrpc.server.feed import Feed
 from mailgrpc.server.intake import Intake
 from mailgrpc.server.interceptors import Edge
 from mailgrpc.server.mail import MailService, Parts
+from mailgrpc.server.places import Places
 from mailgrpc.server.port import reserved
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
@@ -104,9 +106,6 @@ class MailServer:
         self._doorbell = Doorbell(settings.redis_url)
         self._feed = Feed(self._database, self._doorbell)
         lane = _lane(settings)
-        self._intake = Intake(
-            database, self._doorbell, self._feed, lane=lane, limit=settings.queue_limit
-        )
         if channels is None:
             channels = open_channels(
                 settings.channels,
@@ -114,6 +113,15 @@ class MailServer:
                 attempt_timeout_s=settings.attempt_timeout_s,
             )
         self._channels = channels
+        self._places = Places(Handover(self._doorbell), list(channels))
+        self._intake = Intake(
+            database,
+            self._doorbell,
+            self._feed,
+            self._places,
+            lane=lane,
+            limit=settings.queue_limit,
+        )
         rung = (database, self._doorbell, self._feed)
         self._service = MailService(
             Parts(
@@ -154,6 +162,7 @@ class MailServer:
             await self._undo_start()
             raise
         self._watcher = asyncio.create_task(self._watch_health())
+        self._places.start(await read_installation(self._database))
         return listen
 
     async def _undo_start(self) -> None:
@@ -196,6 +205,7 @@ class MailServer:
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._intake.drain(), max(0.0, ends_at - clock()))
+        await self._places.stop()
         await self._feed.stop()
         for provider in self._channels.values():
             await provider.close()

@@ -43,6 +43,7 @@ from mailgrpc.db.messages import (
     Inserted,
     KnownRequest,
     NewMessage,
+    Start,
     insert_messages,
     read_known_requests,
 )
@@ -55,6 +56,7 @@ from mailgrpc.errors import (
     Unavailable,
 )
 from mailgrpc.server.feed import Feed
+from mailgrpc.server.places import Places
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +98,16 @@ class Intake:
     """The queue before the flush, of one process. `lane` is where its events go."""
 
     def __init__(
-        self, database: Database, doorbell: Doorbell, feed: Feed, *, lane: int, limit: int
+        self,
+        database: Database,
+        doorbell: Doorbell,
+        feed: Feed,
+        places: Places,
+        *,
+        lane: int,
+        limit: int,
     ) -> None:
+        self._places = places
         self._database = database.with_patience(FLUSH_TIMEOUT_S)
         self._doorbell = doorbell
         self._feed = feed
@@ -185,9 +195,11 @@ class Intake:
         """Store a batch and answer all of it; never raises."""
         for waiting in batch:
             self._feed.expect(waiting.new.message_id, waiting.new.submission.message)
+        new = [w.new for w in batch]
+        start = None if batch[0].size >= ALONE_BYTES else self._places.start_of(new)
         try:
-            inserted = await self._insert([w.new for w in batch])
-            known = await self._look_up([w.new for w in batch], inserted)
+            inserted, all_started = await self._insert(new, start)
+            known = await self._look_up(new, inserted)
         except StoreUnavailable as error:
             _fail(batch, error)
             return
@@ -199,7 +211,8 @@ class Intake:
             await self._flush(batch[:half])
             await self._flush(batch[half:])
             return
-        self._doorbell.ring()
+        if not all_started:
+            self._doorbell.ring()
         self._doorbell.hint_feed()
         self._feed.wake()
         failpoints.reach("intake.rung")
@@ -209,19 +222,25 @@ class Intake:
             except Exception as error:  # noqa: BLE001  as above
                 _fail([waiting], error)
 
-    async def _insert(self, new: Sequence[NewMessage]) -> Inserted:
+    async def _insert(
+        self, new: Sequence[NewMessage], start: Start | None
+    ) -> tuple[Inserted, bool]:
+        """Store them; and whether all of them were started, so that nobody need be rung for."""
         for attempt in range(_AMBIGUOUS_TRIES):
             try:
                 failpoints.reach("intake.insert")
-                inserted = await insert_messages(self._database, self._lane, new)
+                inserted = await self._insert_once(new, start if attempt == 0 else None)
                 if attempt > 0 or len(inserted.known) == len(new):
                     # Nothing need have been written just now, and so nothing been waited for.
                     await self._database.confirm()
                 failpoints.reach("intake.inserted")
                 if attempt == 0:
-                    return inserted
-                # The run in doubt may have made the rows, and told nobody what it did not queue.
-                return replace(inserted, with_suppressed=frozenset(n.message_id for n in new))
+                    started = start is not None and self._places.started(start, new, inserted)
+                    return inserted, started
+                # The run in doubt may have made the rows, and told nobody what it did not queue. What
+                # it started is looked for by its worker.
+                all_ids = frozenset(n.message_id for n in new)
+                return replace(inserted, with_suppressed=all_ids), False
             except AmbiguousCommit as error:
                 log.warning("a flush of %d is in doubt, asking again: %s", len(new), error)
                 if attempt == _AMBIGUOUS_TRIES - 1:
@@ -232,6 +251,16 @@ class Intake:
                     raise  # nothing was done
                 await asyncio.sleep(_AMBIGUOUS_WAIT_S * attempt)
         raise AmbiguousCommit("the store stayed away while a flush was in doubt")
+
+    async def _insert_once(self, new: Sequence[NewMessage], start: Start | None) -> Inserted:
+        try:
+            return await insert_messages(self._database, self._lane, new, start)
+        except AmbiguousCommit:
+            raise
+        except Exception:
+            if start is not None:
+                self._places.unused(start)
+            raise
 
     async def _look_up(
         self, new: Sequence[NewMessage], inserted: Inserted

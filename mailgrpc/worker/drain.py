@@ -37,6 +37,7 @@ import functools
 import logging
 import math
 import random
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -55,11 +56,13 @@ from mailgrpc.db.deliveries import (
 from mailgrpc.db.engine import AmbiguousCommit, Database, SessionEnded, SessionGivenUp
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
+from mailgrpc.handover import Handover
 from mailgrpc.providers.provider import Provider
 from mailgrpc.worker.breaker import Breaker
 from mailgrpc.worker.call import Group, group_claims
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
+from mailgrpc.worker.places import Places
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
 from mailgrpc.worker.wire import Wire
@@ -100,6 +103,9 @@ class Drain:
         lane: int,
         concurrency: int,
         has_others: Callable[[], bool] = lambda: True,
+        handover: Handover | None = None,
+        opened: asyncio.Event | None = None,
+        clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
         self._has_others = has_others
@@ -122,6 +128,21 @@ class Drain:
             concurrency=concurrency,
             rng=rng or random.Random(),
         )
+        self._handover = handover or Handover(doorbell)
+        self.places = Places(
+            database,
+            session,
+            recorder,
+            self._handover,
+            journal,
+            self._wire,
+            channel=channel,
+            concurrency=concurrency,
+            opened=opened or asyncio.Event(),
+            is_missing=self._miss,
+            clock=clock,
+        )
+        self._wire.on_freed = self.places.offer
         self._wake = asyncio.Event()
         self._after_project = 0
         self._epoch = 0  # sessions.py: counts what was given back because its fate was not known
@@ -137,14 +158,21 @@ class Drain:
         """Something may be due."""
         self._wake.set()
 
+    def _miss(self) -> None:
+        """Places do not come back: what was started with them is found once a new epoch began."""
+        self._claims_astray = True
+        self.wake()
+
     def stop_claiming(self) -> None:
         """Claim and start nothing more; `run` returns and what is on the wire goes on."""
         self._stopping = True
+        self.places.forbid()
         self._wake.set()
         self._wire.freed.set()
 
     async def run(self) -> None:
         """Drain until told to stop. Survives PostgreSQL, and the end of its session."""
+        self.places.are_heard = self._doorbell.exists
         try:
             while not self._stopping:
                 self._wake.clear()
@@ -155,6 +183,11 @@ class Drain:
                             await self._wake.wait()
             with contextlib.suppress(Exception):  # what we hold is given back with our session
                 await self._put_back_ahead()
+            with contextlib.suppress(Exception):  # what was handed over is left to the reaper
+                if self.places.is_open:
+                    await self._handover.leave(self._session.session_id)
+                    self._claims_astray = True
+                    await self._give_back_astray()
         finally:
             if self._ahead is not None:
                 self._ahead.cancel()  # our end must not wait for the store: the session gives it back
@@ -171,6 +204,7 @@ class Drain:
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
+        await self.places.settle()
         await self._wire.settle()
 
     async def abandon(self) -> None:
@@ -182,9 +216,12 @@ class Drain:
         try:
             if self._ended_id is not None:
                 await self._drop_ahead()  # its session is over, and with it the lease
+                self.places.withdraw()
                 await self._session.renew(self._ended_id)
                 self._ended_id, session_id = None, self._session.session_id
             await self._give_back_astray()
+            if await self.places.take_back_strays(session_id):
+                self._is_behind = True
             if self._is_behind:
                 await self._recorder.flushed()
                 self._is_behind = False
@@ -213,13 +250,23 @@ class Drain:
     async def _give_back_astray(self) -> None:
         if self._claims_astray:
             await self._drop_ahead()
+            self.places.forbid()
+            self.places.withdraw()
             self._epoch += 1
-            await self._session.give_back(self._session.session_id, self.channel, self._epoch)
+            session_id = self._session.session_id
             self._claims_astray = False
+            try:
+                await self._session.give_back(session_id, self.channel, self._epoch)
+                if await self.places.take_back(session_id):
+                    self._is_behind = True  # they are due as soon as that is recorded
+            except BaseException:
+                self._claims_astray = True
+                raise
 
     async def drain_once(self) -> float | None:
         """Claim one batch and see all of it started. None: look again at once; else seconds."""
         if (pause_s := self.breaker.wait_s) or self._journal.trouble:
+            self.places.forbid()
             await self._put_back_ahead()
             return pause_s or _RETRY_S
         is_probe = not self.breaker.is_closed
@@ -228,6 +275,10 @@ class Drain:
         if is_probe:
             await self._put_back_ahead()
         batch = await self._next_claim(session_id, 1 if is_probe else CLAIM_DELIVERIES)
+        if is_probe or self._stopping or (isinstance(batch, _Batch) and batch.is_full):
+            self.places.forbid()
+        else:
+            self.places.allow(session_id, self._epoch)
         if not isinstance(batch, _Batch):
             return batch
         waiting = batch.groups
@@ -328,11 +379,13 @@ class Drain:
 
     async def _next_batch(self, waiting: deque[Group], is_probe: bool) -> list[Group]:
         """The next groups to start together, when there is room for them; none: stop."""
-        while not self._stopping and (is_probe or self.breaker.is_closed):
+        while not (self._stopping or self._claims_astray) and (is_probe or self.breaker.is_closed):
             self._wire.freed.clear()
             room = self._wire.room(waiting[0].mode)
             if batch := _take(waiting, room, self._journal.room):
                 return batch
+            if room == 0:
+                self.places.forbid()  # who waits for a slot is not to be overtaken all the time
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_RETRY_S):
                     await self._wire.freed.wait()
@@ -356,6 +409,7 @@ class Drain:
         finally:
             self._journal.unreserve(len(starting) - len(started))
         failpoints.reach("drain.started")
+        self.places.note_mail()
         self._doorbell.hint_feed()
         last_look = functools.partial(self._session.may_send, session_id)
         members: dict[uuid.UUID, list[Started]] = {call_id: [] for call_id in calls}

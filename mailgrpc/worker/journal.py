@@ -74,7 +74,8 @@ class Journal:
         self, directory: Path, *, slots: int = SLOTS, open_file: OpenFile = DiskFile
     ) -> None:
         self._directory = directory
-        self._slots = slots
+        self.slots = slots
+        """How many results it can hold."""
         self._open_file = open_file
         self._file: SlotFile | None = None
         self._adopted: list[SlotFile] = []
@@ -114,7 +115,7 @@ class Journal:
     def _create(self) -> SlotFile:
         """A new file of ours."""
         return SlotFile.create(
-            self._directory, SUFFIX, self._slots, self._open_file, self._installation
+            self._directory, SUFFIX, self.slots, self._open_file, self._installation
         )
 
     def _others(self) -> list[Path]:

@@ -25,12 +25,12 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mailgrpc import failpoints
 from mailgrpc.core.delivery import Result
-from mailgrpc.db.deliveries import Recorded, record_outcomes
+from mailgrpc.db.deliveries import Recorded, Started, record_outcomes
 from mailgrpc.db.engine import Database
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
@@ -38,6 +38,9 @@ from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
 
 log = logging.getLogger(__name__)
+
+Attempt = tuple[uuid.UUID, uuid.UUID]
+"""An attempt's id and its delivery's."""
 
 FLUSH_RESULTS = 500
 _REST = 3  # times as long as the last flush took: what comes meanwhile shares the next one
@@ -68,6 +71,7 @@ class Recorder:
         self._doorbell = doorbell
         self._outage = outage
         self._lane = lane
+        self._expected: set[Attempt] = set()
         self._waiting: deque[Recorded] = deque()
         self._taken = 0  # results that ever came in
         self._settled = 0  # of these, those that were recorded or refused
@@ -76,6 +80,18 @@ class Recorder:
         self._flusher: asyncio.Task[None] | None = None
         self._refused: deque[Recorded] = deque()
         self._insister: asyncio.Task[None] | None = None
+
+    def expect(self, attempts: Iterable[Attempt]) -> None:
+        """These run here, and their results will come; until they are recorded they are expected."""
+        self._expected.update(attempts)
+
+    def give_up(self, attempts: Iterable[Attempt]) -> None:
+        """No results of these will come."""
+        self._expected.difference_update(attempts)
+
+    def expects(self, started: Started) -> bool:
+        """Whether its result will come, or has and is not recorded."""
+        return (started.attempt_id, started.delivery.delivery_id) in self._expected
 
     def __len__(self) -> int:
         """Results that are not recorded yet."""
@@ -209,6 +225,7 @@ class Recorder:
 
     def _told(self, batch: Sequence[Recorded]) -> None:
         failpoints.reach("recorder.recorded")
+        self._expected.difference_update((r.attempt_id, r.delivery_id) for r in batch)
         self._journal.recorded(batch)
         self._doorbell.hint_feed()
         due = [r.step.due_at for r in batch if r.step.due_at is not None]

@@ -68,10 +68,12 @@ class Wire:
         self._line: deque[_Call] = deque()
         self._slots: set[asyncio.Task[None]] = set()
         self._asking = 0  # calls of the provider that are under way
-        self._calls = 0  # these, and those in the line
+        self.calls = 0
+        """These, and those in the line."""
         self._abandoned = False
         self.freed = asyncio.Event()
         """Set when a call has ended: there may be room."""
+        self.on_freed: Callable[[], None] = _nothing
 
     def room(self, mode: Mode) -> int:
         """How many groups of this mode may be started now; 0 until it is worth a start.
@@ -79,7 +81,7 @@ class Wire:
         SEND_ONCE no more than there are free slots, so that a crash leaves few in doubt.
         """
         ahead = 0 if mode is Mode.SEND_ONCE else STARTED_AHEAD
-        room = self._concurrency + ahead - self._calls
+        room = self._concurrency + ahead - self.calls
         if room <= ahead // 2 or len(self._recorder) >= MAX_UNRECORDED:
             return 0
         return room
@@ -96,7 +98,8 @@ class Wire:
 
         A `probe` is sent although the channel pauses; the future is done when the call has ended.
         """
-        self._calls += 1
+        self._recorder.expect((s.attempt_id, s.delivery.delivery_id) for s in started)
+        self.calls += 1
         self._line.append(_Call(group, started, last_look, probe))
         if len(self._slots) < self._concurrency:
             task = asyncio.get_running_loop().create_task(self._work())
@@ -145,8 +148,9 @@ class Wire:
 
     def _note_end(self, call: _Call) -> None:
         self._journal.unreserve(len(call.started))  # what came back has taken them
-        self._calls -= 1
+        self.calls -= 1
         self.freed.set()
+        self.on_freed()
         if call.probe is not None and not call.probe.done():
             call.probe.set_result(None)
 
@@ -190,6 +194,10 @@ class Wire:
             result = broken(Outcome.UNKNOWN, error)
             step = next_step(started.delivery, result, now, DEFAULT_POLICY, self._rng)
         return Recorded.of(started, self._provider.name, now, result, step)
+
+
+def _nothing() -> None:
+    """What is done at the end of a call unless somebody wants more."""
 
 
 def _telling(results: Sequence[Result]) -> Result:

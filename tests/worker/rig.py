@@ -25,7 +25,7 @@ from mailgrpc.core.message import (
 )
 from mailgrpc.db.deliveries import read_deliveries
 from mailgrpc.db.engine import AmbiguousCommit, Database
-from mailgrpc.db.messages import NewMessage, insert_messages, read_attempts
+from mailgrpc.db.messages import Inserted, NewMessage, Start, insert_messages, read_attempts
 from mailgrpc.db.schema import read_installation
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
@@ -146,12 +146,13 @@ class Part:
         channel: str = "default",
         concurrency: int = 8,
         journal: Journal | None = None,
+        redis_url: str | None = None,
     ) -> None:
         outage = Outage()
         self.database = db
         self._directory = tempfile.TemporaryDirectory()
         self.journal = journal or Journal(Path(self._directory.name), slots=256)
-        doorbell = Doorbell(None)
+        self.doorbell = doorbell = Doorbell(redis_url)
         self.provider = provider or CaptureProvider()
         self.session = Session(db, "test", [channel], outage, lease_s=LEASE_S, clock=clock)
         self.recorder = Recorder(db, doorbell, outage, self.journal, lane=0)
@@ -166,6 +167,7 @@ class Part:
             provider=self.provider,
             lane=0,
             concurrency=concurrency,
+            clock=clock,
         )
         self.reaper = Reaper(db, lane=0, clock=clock)
 
@@ -181,6 +183,7 @@ class Part:
         await self.recorder.close()
         await self.session.stop()
         await self.journal.close()
+        await self.doorbell.close()
         self._directory.cleanup()
 
     async def work(self) -> None:
@@ -204,6 +207,7 @@ class Store:
 
     def __init__(self, db: Database) -> None:
         self.db = db
+        self.inserted: Inserted | None = None  # by the last put
 
     async def put(self, *to: str, **options: Any) -> uuid.UUID:
         """One message to these addresses; `options` are those of DeliveryOptions. Its id."""
@@ -216,6 +220,7 @@ class Store:
         *,
         project_id: int = 1,
         flags: int = 0,
+        start: Start | None = None,
         **options: Any,
     ) -> list[uuid.UUID]:
         expire_at = options.get("expire_at") or datetime.now(UTC) + timedelta(days=5)
@@ -240,7 +245,7 @@ class Store:
             )
             for n, to in enumerate(recipients)
         ]
-        await insert_messages(self.db, 0, new)
+        self.inserted = await insert_messages(self.db, 0, new, start)
         return [m.message_id for m in new]
 
     async def project(self, name: str) -> int:

@@ -1,0 +1,64 @@
+"""What was handed over to a worker: the rows behind mailgrpc/handover.py."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from mailgrpc.core.value import value
+from mailgrpc.db.content import unpack_message, unpack_options
+from mailgrpc.db.deliveries import Started, started_of
+from mailgrpc.db.engine import Database
+from mailgrpc.db.messages import StoredContent
+from mailgrpc.db.rows import Row
+
+
+@value
+class Handed:
+    """A delivery that was started by the commit that took it in; with all that it takes to send it."""
+
+    started: Started
+    row: Row
+
+    def content(self) -> StoredContent:
+        """Its message. Raises what unpacking raises."""
+        return StoredContent(
+            project=self.row["project"],
+            message=unpack_message(self.row, {}),
+            options=unpack_options(self.row["options"]),
+            created_at=self.row["created_at"],
+        )
+
+
+async def read_handed(
+    db: Database, session_id: int, started: Sequence[tuple[uuid.UUID, uuid.UUID]]
+) -> list[Handed]:
+    """Of these attempts, each with its delivery, those that run in this session.
+
+    None of their messages has files. Raises StoreUnavailable.
+    """
+    rows = await db.fetch(
+        "SELECT * FROM read_handed($1, $2, $3)",
+        session_id,
+        [delivery_id for _, delivery_id in started],
+        [attempt_id for attempt_id, _ in started],
+    )
+    return [Handed(started_of(row), row) for row in rows]
+
+
+async def read_running(
+    db: Database, session_id: int, channel: str, running_s: float
+) -> list[Started]:
+    """What has been running in this session for so long. Reads all of `due`; this is rare.
+
+    Raises StoreUnavailable.
+    """
+    rows = await db.fetch(
+        """SELECT d.* FROM due q JOIN deliveries d ON d.id = q.delivery_id
+           WHERE q.session_id = $1 AND d.state = 2 AND d.channel = $2
+               AND d.attempt_started_at <= clock_timestamp() - make_interval(secs => $3)""",
+        session_id,
+        channel,
+        running_s,
+    )
+    return [started_of(row) for row in rows]
