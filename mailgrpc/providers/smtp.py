@@ -46,8 +46,6 @@ The URL
 from __future__ import annotations
 
 import asyncio
-import re
-from contextlib import nullcontext
 
 from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.message import MailMessage
@@ -123,9 +121,11 @@ class SmtpProvider:
         except ValueError as error:
             return everyone(call, Result(Outcome.REJECTED, Cause.CONTENT, text=str(error)))
         try:
-            # Mostly one is free, and then nothing is waited for that would have to be timed.
-            async with asyncio.timeout_at(deadline) if self._slots.locked() else nullcontext():
-                await self._slots.acquire()
+            if self._slots.locked():
+                async with asyncio.timeout_at(deadline):
+                    await self._slots.acquire()
+            else:
+                await self._slots.acquire()  # waits for nothing that would have to be timed
         except TimeoutError:
             text = "no connection was free within the time of the attempt"
             return everyone(call, Result(Outcome.DEFERRED, Cause.TIMEOUT, text=text))
@@ -199,10 +199,8 @@ def _envelope(call: SendCall) -> Envelope:
 
 def _refusals(wire: SmtpWire, call: SendCall, size: int) -> list[Result | None]:
     """What this server's EHLO rules out, for each addressee."""
-    limit = wire.extensions.get("size", "")
-    # At most 20 digits (RFC 1870, 3), and 0 is no limit (4); anything else is taken for none.
-    if re.fullmatch(r"[0-9]{1,20}", limit) and 0 < int(limit) < size:
-        text = f"the mail has {size} bytes, the server takes {limit}"
+    if 0 < wire.most_bytes < size:
+        text = f"the mail has {size} bytes, the server takes {wire.most_bytes}"
         return [Result(Outcome.REJECTED, Cause.TOO_LARGE, text=text)] * len(call.addressees)
     if "smtputf8" in wire.extensions:
         return [None] * len(call.addressees)

@@ -44,9 +44,9 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mailgrpc.core.delivery import Cause, Outcome, Result, result_text
+from mailgrpc.core.value import value
 
 _ENHANCED = re.compile(r"([245])\.(\d{1,3})\.(\d{1,3})(?= |$)")  # RFC 2034
 _QUEUED_AS = re.compile(r"\b(?:queued as |id=)([!-~]{1,128})", re.IGNORECASE)  # Postfix; Exim
@@ -63,7 +63,7 @@ class Stage(enum.Enum):
     CONTENT = "the final dot"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Reply:
     """One reply, its lines joined by blanks."""
 

@@ -166,7 +166,8 @@ async def _first_reply(
         if is_reused and broken.cause is Cause.CONNECTION:
             raise Stale from broken
         raise
-    if is_reused and (reply.code == 421 or result_of(reply, Stage.MAIL).of_channel):
+    refuses = not reply.is_positive
+    if refuses and is_reused and (reply.code == 421 or result_of(reply, Stage.MAIL).of_channel):
         wire.abort()
         raise Stale
     return _unless_leaving(wire, reply, Stage.MAIL)

@@ -43,6 +43,10 @@ class SmtpWire(asyncio.Protocol):
         self, transport: asyncio.Transport, extensions: Mapping[str, str], reply_timeout_s: float
     ) -> None:
         self.extensions = extensions  # from EHLO, names in lower case
+        # At most 20 digits (RFC 1870, 3), and 0 is no limit (4); anything else is taken for none.
+        limit = extensions.get("size", "")
+        self.most_bytes = int(limit) if re.fullmatch(r"[0-9]{1,20}", limit) else 0
+        """What a mail may have, or 0 for no limit."""
         self.mails = 0  # transactions begun here
         self.idle_since = 0.0
         self._transport = transport
@@ -104,7 +108,8 @@ class SmtpWire(asyncio.Protocol):
 
     async def reply(self, deadline: float) -> Reply:
         """The next reply. Raises WireBroken; `deadline` is a time of the loop."""
-        await self._until(lambda: bool(self._replies), deadline, "no answer")
+        if not self._replies:  # what was pipelined is often answered in one piece
+            await self._until(lambda: bool(self._replies), deadline, "no answer")
         return self._replies.popleft()
 
     async def flush(self, data: memoryview, deadline: float) -> None:
