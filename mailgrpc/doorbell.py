@@ -1,6 +1,6 @@
 """The doorbell: hints over Redis that there is something to do. Never the truth.
 
-Two hints share it. `ring` says "deliveries may be due" to the workers; `hint_feed` says "events
+It also lends its connection to the handing over of mail (`ask`, handover.py). Two hints share it. `ring` says "deliveries may be due" to the workers; `hint_feed` says "events
 may be new" to the servers. Losing any of them costs time, never mail: workers sweep and servers
 poll PostgreSQL by themselves. So nothing here raises; Redis away is logged once, and once more
 when it is back.
@@ -49,6 +49,7 @@ _JOBS_KEPT = 16
 # and who watches sees every millisecond of it.
 _RING_REST, _HINT_REST = 3, 2
 _LONGEST_REST_S = 0.010
+_BUSY_REST_S = 0.04
 _UNHEARD_REST_S = 0.05
 """After a hint that nobody heard: servers listen only while somebody watches."""
 _JOB_EVERY_S = 0.25
@@ -85,6 +86,7 @@ class Doorbell:
         self._hints: set[str] = set()
         self._ringing: asyncio.Task[None] | None = None
         self._hinting: asyncio.Task[None] | None = None
+        self._hints_lightly = False
         self._job_at = 0.0
         self._reachable = True
 
@@ -97,10 +99,14 @@ class Doorbell:
         """Deliveries may be due. Returns at once."""
         self._ring(DRAIN)
 
-    def hint_feed(self) -> None:
-        """Events may be new. Returns at once."""
+    def hint_feed(self, *, lightly: bool = False) -> None:
+        """Events may be new. Returns at once.
+
+        `lightly`: who says so is busy, and has more to come; the next hint may wait longer.
+        """
         if self._redis is None:
             return
+        self._hints_lightly = lightly
         self._hints.add(_FEED)
         if self._hinting is None or self._hinting.done():
             hints = self._send(self._hints, _HINT_REST)
@@ -120,24 +126,25 @@ class Doorbell:
         if self._redis is None:
             await asyncio.sleep(timeout_s)
             return False
-        try:
-            blocking: Any = self._redis.blpop([_RINGS], timeout=max(round(timeout_s), 1))
-            # Never wait_for, here and in every loop: it loses a cancellation that comes together
-            # with the answer, and who cancelled then waits for ever.
-            async with asyncio.timeout(timeout_s + 2):
-                answer = await blocking
-        except _BROKEN as error:
-            self._note(error)
+
+        async def pop(redis: Any) -> bool:
+            return await redis.blpop([_RINGS], timeout=max(round(timeout_s), 1)) is not None
+
+        heard = await self.ask(pop, timeout_s + 2)
+        if heard is None:
             await asyncio.sleep(min(timeout_s, _RECONNECT_S))
-            return False
-        self._note(None)
-        return answer is not None
+        return bool(heard)
 
     async def ask(self, command: Callable[[Any], Awaitable[T]], within_s: float) -> T | None:
-        """What a command answers that is given the connection; None where Redis did not in time."""
+        """What a command answers that is given the connection; None where Redis did not in time.
+
+        Raises what the command raises for other reasons.
+        """
         if self._redis is None:
             return None
         try:
+            # Never wait_for, here and in every loop: it loses a cancellation that comes together
+            # with the answer, and who cancelled then waits for ever.
             async with asyncio.timeout(within_s):
                 answer = await command(self._redis)
         except _BROKEN as error:
@@ -218,6 +225,8 @@ class Doorbell:
             except _BROKEN as error:
                 self._note(error)
             rest_s = min((clock() - began_at) * rest, _LONGEST_REST_S)
+            if _FEED in taken and self._hints_lightly:
+                rest_s = _BUSY_REST_S
             await asyncio.sleep(rest_s if heard else _UNHEARD_REST_S)
 
     async def _publish(self) -> bool:

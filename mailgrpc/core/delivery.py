@@ -340,7 +340,7 @@ def aggregate(states: set[State]) -> State:
 
 def result_text(text: str) -> str:
     """A provider's words, fit to store and to show: one line, at most 1,024 bytes of UTF-8."""
-    if not text.isprintable():
+    if not text.isprintable():  # mostly there is nothing to replace
         text = "".join(c if c.isprintable() else " " for c in text)
     line = " ".join(text.split())
     return line.encode("utf-8", "replace")[:1024].decode("utf-8", "ignore")

@@ -49,13 +49,13 @@ async def read_handed(
 async def read_running(
     db: Database, session_id: int, channel: str, running_s: float
 ) -> list[Started]:
-    """What has been running in this session for so long. Reads all of `due`; this is rare.
+    """What has been running in this session for so long, on a channel. Raises StoreUnavailable.
 
-    Raises StoreUnavailable.
+    Reads what is due on the channel: once a minute, and at each new epoch.
     """
     rows = await db.fetch(
         """SELECT d.* FROM due q JOIN deliveries d ON d.id = q.delivery_id
-           WHERE q.session_id = $1 AND d.state = 2 AND d.channel = $2
+           WHERE q.session_id = $1 AND q.channel = $2 AND d.state = 2
                AND d.attempt_started_at <= clock_timestamp() - make_interval(secs => $3)""",
         session_id,
         channel,

@@ -58,10 +58,11 @@ class Start:
     attempts: Sequence[uuid.UUID | None]
 
 
-# In the order of the function's parameters, of which the last four may be left out.
+# In the order of the function's parameters. The last four are of a Start; servers of the version before
+# know nothing of them.
 _ENQUEUE = """SELECT * FROM enqueue_messages($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
     $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27)"""
-_ENQUEUE_AND_START = _ENQUEUE.replace("$27", "$27, $28, $29, $30, $31")
+_ENQUEUE_AND_START = _ENQUEUE.removesuffix(")") + ", $28, $29, $30, $31)"
 
 
 @value

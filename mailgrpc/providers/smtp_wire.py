@@ -46,7 +46,7 @@ class SmtpWire(asyncio.Protocol):
         # At most 20 digits (RFC 1870, 3), and 0 is no limit (4); anything else is taken for none.
         limit = extensions.get("size", "")
         self.most_bytes = int(limit) if re.fullmatch(r"[0-9]{1,20}", limit) else 0
-        """What a mail may have, or 0 for no limit."""
+        """The most bytes a mail may have; 0: no limit."""
         self.mails = 0  # transactions begun here
         self.idle_since = 0.0
         self._transport = transport

@@ -26,11 +26,11 @@ from mailgrpc.handover import Handover
 from mailgrpc.providers.provider import Provider
 from mailgrpc.providers.registry import open_channels
 from mailgrpc.server.clear import Clear
+from mailgrpc.server.credits import Credits
 from mailgrpc.server.feed import Feed
 from mailgrpc.server.intake import Intake
 from mailgrpc.server.interceptors import Edge
 from mailgrpc.server.mail import MailService, Parts
-from mailgrpc.server.places import Places
 from mailgrpc.server.port import reserved
 from mailgrpc.server.preferences import Preferences
 from mailgrpc.server.resend import Resend
@@ -113,16 +113,17 @@ class MailServer:
                 attempt_timeout_s=settings.attempt_timeout_s,
             )
         self._channels = channels
-        self._places = Places(Handover(self._doorbell), list(channels))
+        self._credits = Credits(Handover(self._doorbell), list(channels))
         self._intake = Intake(
             database,
             self._doorbell,
             self._feed,
-            self._places,
+            self._credits,
             lane=lane,
             limit=settings.queue_limit,
         )
         rung = (database, self._doorbell, self._feed)
+        self._feed.is_busy = lambda: self._intake.is_busy
         self._service = MailService(
             Parts(
                 settings=settings,
@@ -145,6 +146,7 @@ class MailServer:
     async def start(self) -> HostPort:
         """Listen; where. Raises SettingsError, SchemaError, StoreUnavailable."""
         await check_schema(self._database)
+        installation = await read_installation(self._database)
         self._warn_of_what_is_open()
         await self._feed.start()
         edge = Edge(
@@ -162,7 +164,7 @@ class MailServer:
             await self._undo_start()
             raise
         self._watcher = asyncio.create_task(self._watch_health())
-        self._places.start(await read_installation(self._database))
+        self._credits.start(installation)
         return listen
 
     async def _undo_start(self) -> None:
@@ -205,7 +207,7 @@ class MailServer:
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._intake.drain(), max(0.0, ends_at - clock()))
-        await self._places.stop()
+        await self._credits.stop()
         await self._feed.stop()
         for provider in self._channels.values():
             await provider.close()

@@ -29,7 +29,7 @@ import contextlib
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -55,8 +55,9 @@ _IDLE_S = 1.0
 _RECONNECT_S = 0.5
 LISTENS_ON_S = 5.0
 """How long hints are listened for after the last reader: the next one need not subscribe anew."""
-_REST = 8  # times as long as a look that found nothing for anybody
-_LONGEST_REST_S = 0.04
+# After a look that found nothing for anybody, so many times as long as it took.
+_REST, _LONGEST_REST_S = 8, 0.04
+_BUSY_REST, _LONGEST_BUSY_REST_S = 20, 0.1
 
 
 class Feed:
@@ -68,6 +69,8 @@ class Feed:
         self.ring = Ring()
         self._labels: OrderedDict[uuid.UUID, Labels] = OrderedDict()
         self._expected: OrderedDict[uuid.UUID, Labels] = OrderedDict()
+        self.is_busy: Callable[[], bool] = _never
+        """Whether this process has more to do than it can: looks are made less often then."""
         self._rest_until = 0.0
         self._wake = asyncio.Event()
         self._reader_came = asyncio.Event()
@@ -97,8 +100,11 @@ class Feed:
         self._wake.set()
 
     def expect(self, message_id: uuid.UUID, message: MailMessage) -> None:
-        """This process is about to store this one: its labels need not be asked for."""
-        if self.ring.reader_count:
+        """This process is about to store this one: its labels need not be asked for.
+
+        Whoever names messages waits for what was stored before: its labels are asked for once.
+        """
+        if self.ring.reader_count and not self.ring.is_named:
             self._expected[message_id] = Labels(
                 message.correlation_id, message.tags, message.custom_args
             )
@@ -226,7 +232,10 @@ class Feed:
         if messages is not None and not page.events:
             # A look costs much, and on a busy server most find nothing for those who named what they
             # wait for: the others are left several times as long as it took.
-            self._rest_until = clock() + min((clock() - begun_at) * _REST, _LONGEST_REST_S)
+            rest, longest_s = _REST, _LONGEST_REST_S
+            if self.is_busy():
+                rest, longest_s = _BUSY_REST, _LONGEST_BUSY_REST_S
+            self._rest_until = clock() + min((clock() - begun_at) * rest, longest_s)
         return page.size == PAGE_EVENTS
 
     async def _idle(self) -> bool:
@@ -280,3 +289,7 @@ class Feed:
             replace(e, labels=known.get(e.message_id, NO_LABELS)) if e.message_id else e
             for e in events
         ]
+
+
+def _never() -> bool:
+    return False

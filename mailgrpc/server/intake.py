@@ -7,13 +7,15 @@ stored whole or not at all, and one that cannot be stored fails alone.
 How. Two flushes may be under way, so that the server reads and answers calls while PostgreSQL
 stores others; what comes meanwhile shares the next one. No timer: without load a call waits for
 nothing. A flush is bounded; a large message goes in one of its own, beside the others, so that it
-does not hold them.
+does not hold them. What a worker has given credit for is started in the same commit
+(mailgrpc/handover.py), and the others are rung for.
 
 What can go wrong.
 - Two calls with one request_id race. Decided by the key inside the insert's transaction; who lost
   is looked up in a second statement, on a fresh snapshot.
-- The answer of the commit is lost. The same insert runs again with the same ids: it waits on the
-  keys of the first and then finds its own rows. Never decided by a SELECT, which may come too
+- The answer of the commit is lost. The same insert runs again with the same ids, and starts nothing:
+  it waits on the keys of the first and then finds its own rows; what that one has started is looked
+  for by its worker. Never decided by a SELECT, which may come too
   early. What is found was not written by this commit, and is not told before the store has
   confirmed it: a standby that is cut off may not have it (db/engine.py).
 - A value that PostgreSQL refuses. The flush is halved until the one that carries it stands alone.
@@ -55,8 +57,8 @@ from mailgrpc.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from mailgrpc.server.credits import Credits
 from mailgrpc.server.feed import Feed
-from mailgrpc.server.places import Places
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +104,12 @@ class Intake:
         database: Database,
         doorbell: Doorbell,
         feed: Feed,
-        places: Places,
+        credit: Credits,
         *,
         lane: int,
         limit: int,
     ) -> None:
-        self._places = places
+        self._credits = credit
         self._database = database.with_patience(FLUSH_TIMEOUT_S)
         self._doorbell = doorbell
         self._feed = feed
@@ -145,6 +147,11 @@ class Intake:
             self._waiting.append(waiting)
             if self._flusher is None or self._flusher.done():
                 self._flusher = self._spawn(self._flush_all())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether as much is being stored as may be at once."""
+        return self._small.locked()
 
     async def drain(self) -> None:
         """Return once everything that waits has been answered."""
@@ -196,7 +203,7 @@ class Intake:
         for waiting in batch:
             self._feed.expect(waiting.new.message_id, waiting.new.submission.message)
         new = [w.new for w in batch]
-        start = None if batch[0].size >= ALONE_BYTES else self._places.start_of(new)
+        start = self._credits.take_for(new)
         try:
             inserted, all_started = await self._insert(new, start)
             known = await self._look_up(new, inserted)
@@ -213,7 +220,7 @@ class Intake:
             return
         if not all_started:
             self._doorbell.ring()
-        self._doorbell.hint_feed()
+        self._doorbell.hint_feed(lightly=self.is_busy)
         self._feed.wake()
         failpoints.reach("intake.rung")
         for waiting in batch:
@@ -229,22 +236,21 @@ class Intake:
         for attempt in range(_AMBIGUOUS_TRIES):
             try:
                 failpoints.reach("intake.insert")
-                inserted = await self._insert_once(new, start if attempt == 0 else None)
+                inserted = await self._insert_once(new, start)
                 if attempt > 0 or len(inserted.known) == len(new):
                     # Nothing need have been written just now, and so nothing been waited for.
                     await self._database.confirm()
                 failpoints.reach("intake.inserted")
-                if attempt == 0:
-                    started = start is not None and self._places.started(start, new, inserted)
-                    return inserted, started
-                # The run in doubt may have made the rows, and told nobody what it did not queue. What
-                # it started is looked for by its worker.
-                all_ids = frozenset(n.message_id for n in new)
-                return replace(inserted, with_suppressed=all_ids), False
+                if attempt > 0:
+                    # The run in doubt may have made the rows, and told nobody what it did not queue.
+                    all_ids = frozenset(n.message_id for n in new)
+                    inserted = replace(inserted, with_suppressed=all_ids)
+                return inserted, bool(start and self._credits.note_stored(start, new, inserted))
             except AmbiguousCommit as error:
                 log.warning("a flush of %d is in doubt, asking again: %s", len(new), error)
                 if attempt == _AMBIGUOUS_TRIES - 1:
                     raise
+                start = None  # its worker looks for what that run may have started
                 await asyncio.sleep(_AMBIGUOUS_WAIT_S * attempt)
             except StoreUnavailable:
                 if attempt == 0:
@@ -259,7 +265,7 @@ class Intake:
             raise
         except Exception:
             if start is not None:
-                self._places.unused(start)
+                self._credits.give_back(start)
             raise
 
     async def _look_up(

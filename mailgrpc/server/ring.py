@@ -155,10 +155,15 @@ class Ring:
             if not self._named[message_id]:
                 del self._named[message_id]
 
+    @property
+    def is_named(self) -> bool:
+        """Whether every reader names the messages that it waits for, and they are few enough."""
+        return not self._without_names and len(self._named) <= NAMED_MESSAGES
+
     @contextlib.contextmanager
     def asking(self) -> Iterator[Sequence[uuid.UUID] | None]:
         """While the next page is asked for and appended: of which messages; None: of all."""
-        is_named = not self._without_names and len(self._named) <= NAMED_MESSAGES
+        is_named = self.is_named
         self._readers_known = self._readers_ever if is_named else _OF_ALL
         page = self._page = asyncio.get_running_loop().create_future()
         try:

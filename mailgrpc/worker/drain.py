@@ -1,8 +1,9 @@
 """Drain: one loop a channel, from due rows to the wire. Claim → start → send (wire.py) → record.
 
-Promises. Only what a committed start returned is sent. SEND_ONCE deliveries are started in groups
-no larger than the free slots on the wire, so that a crash leaves few in doubt; RETRYING ones may be
-started ahead of the wire. A message that breaks the code fails alone (call.py); one that breaks
+Promises. Only what a committed start or `read_handed` returned is sent: where no more is due than was
+claimed, servers are given credit (credits.py), with which they start mail themselves. SEND_ONCE
+deliveries are started in groups no larger than the free slots on the wire, so that a crash leaves few
+in doubt; RETRYING ones may be started ahead of the wire. A message that breaks the code fails alone (call.py); one that breaks
 the process is claimed alone from the third time on, and given up at the sixth. One slow channel
 holds no other's slots, because each has its own loop and its own provider.
 
@@ -21,7 +22,8 @@ and from the clock: a claim that finds nothing answers when the next delivery wi
 When PostgreSQL breaks off. A claim whose answer was lost has leased rows that we do not know of,
 and so has a batch that failed between claim and start: before the next claim, everything of this
 channel that our session holds without a start is given back, and a new epoch begins, in which
-nothing of the old one can come late (sessions.py). A start whose answer was lost is run again with
+nothing of the old one can come late (sessions.py); and what servers have started with credit of the old
+one, and did not tell of, is taken back as not sent. A start whose answer was lost is run again with
 the same attempts until it answers, which then says what may be sent; nothing is sent before. Were it
 given up, its deliveries would stay in SENDING for as long as our session lives; where PostgreSQL
 answers and will not have it, we give up the session.
@@ -60,9 +62,9 @@ from mailgrpc.handover import Handover
 from mailgrpc.providers.provider import Provider
 from mailgrpc.worker.breaker import Breaker
 from mailgrpc.worker.call import Group, group_claims
+from mailgrpc.worker.credits import Credits
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
-from mailgrpc.worker.places import Places
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
 from mailgrpc.worker.wire import Wire
@@ -104,7 +106,6 @@ class Drain:
         concurrency: int,
         has_others: Callable[[], bool] = lambda: True,
         handover: Handover | None = None,
-        opened: asyncio.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -129,7 +130,7 @@ class Drain:
             rng=rng or random.Random(),
         )
         self._handover = handover or Handover(doorbell)
-        self.places = Places(
+        self.credits = Credits(
             database,
             session,
             recorder,
@@ -138,11 +139,11 @@ class Drain:
             self._wire,
             channel=channel,
             concurrency=concurrency,
-            opened=opened or asyncio.Event(),
-            is_missing=self._miss,
+            lane=lane,
+            on_missing=self._begin_anew,
             clock=clock,
         )
-        self._wire.on_freed = self.places.offer
+        self._wire.on_freed = self._give_credit
         self._wake = asyncio.Event()
         self._after_project = 0
         self._epoch = 0  # sessions.py: counts what was given back because its fate was not known
@@ -158,21 +159,25 @@ class Drain:
         """Something may be due."""
         self._wake.set()
 
-    def _miss(self) -> None:
-        """Places do not come back: what was started with them is found once a new epoch began."""
+    def _give_credit(self) -> None:
+        if self.breaker.is_closed:
+            self.credits.give()
+
+    def _begin_anew(self) -> None:
+        """Credits do not come back: what was started with them is found once a new epoch began."""
         self._claims_astray = True
         self.wake()
 
     def stop_claiming(self) -> None:
         """Claim and start nothing more; `run` returns and what is on the wire goes on."""
         self._stopping = True
-        self.places.forbid()
+        self.credits.forbid()
         self._wake.set()
         self._wire.freed.set()
 
     async def run(self) -> None:
         """Drain until told to stop. Survives PostgreSQL, and the end of its session."""
-        self.places.are_heard = self._doorbell.exists
+        self.credits.are_heard = self._handover.exists
         try:
             while not self._stopping:
                 self._wake.clear()
@@ -184,7 +189,7 @@ class Drain:
             with contextlib.suppress(Exception):  # what we hold is given back with our session
                 await self._put_back_ahead()
             with contextlib.suppress(Exception):  # what was handed over is left to the reaper
-                if self.places.is_open:
+                if self.credits.are_open:
                     await self._handover.leave(self._session.session_id)
                     self._claims_astray = True
                     await self._give_back_astray()
@@ -204,7 +209,7 @@ class Drain:
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
-        await self.places.settle()
+        await self.credits.settle()
         await self._wire.settle()
 
     async def abandon(self) -> None:
@@ -216,12 +221,11 @@ class Drain:
         try:
             if self._ended_id is not None:
                 await self._drop_ahead()  # its session is over, and with it the lease
-                self.places.withdraw()
+                self.credits.withdraw()
                 await self._session.renew(self._ended_id)
                 self._ended_id, session_id = None, self._session.session_id
             await self._give_back_astray()
-            if await self.places.take_back_strays(session_id):
-                self._is_behind = True
+            await self.credits.take_back_strays(session_id)
             if self._is_behind:
                 await self._recorder.flushed()
                 self._is_behind = False
@@ -250,15 +254,14 @@ class Drain:
     async def _give_back_astray(self) -> None:
         if self._claims_astray:
             await self._drop_ahead()
-            self.places.forbid()
-            self.places.withdraw()
+            self.credits.forbid()
+            self.credits.withdraw()
             self._epoch += 1
             session_id = self._session.session_id
             self._claims_astray = False
             try:
                 await self._session.give_back(session_id, self.channel, self._epoch)
-                if await self.places.take_back(session_id):
-                    self._is_behind = True  # they are due as soon as that is recorded
+                await self.credits.take_back(session_id)
             except BaseException:
                 self._claims_astray = True
                 raise
@@ -266,7 +269,7 @@ class Drain:
     async def drain_once(self) -> float | None:
         """Claim one batch and see all of it started. None: look again at once; else seconds."""
         if (pause_s := self.breaker.wait_s) or self._journal.trouble:
-            self.places.forbid()
+            self.credits.forbid()
             await self._put_back_ahead()
             return pause_s or _RETRY_S
         is_probe = not self.breaker.is_closed
@@ -276,9 +279,9 @@ class Drain:
             await self._put_back_ahead()
         batch = await self._next_claim(session_id, 1 if is_probe else CLAIM_DELIVERIES)
         if is_probe or self._stopping or (isinstance(batch, _Batch) and batch.is_full):
-            self.places.forbid()
+            self.credits.forbid()
         else:
-            self.places.allow(session_id, self._epoch)
+            self.credits.allow(session_id, self._epoch)
         if not isinstance(batch, _Batch):
             return batch
         waiting = batch.groups
@@ -385,7 +388,7 @@ class Drain:
             if batch := _take(waiting, room, self._journal.room):
                 return batch
             if room == 0:
-                self.places.forbid()  # who waits for a slot is not to be overtaken all the time
+                self.credits.forbid()  # who waits for a slot is not to be overtaken all the time
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_RETRY_S):
                     await self._wire.freed.wait()
@@ -409,7 +412,7 @@ class Drain:
         finally:
             self._journal.unreserve(len(starting) - len(started))
         failpoints.reach("drain.started")
-        self.places.note_mail()
+        self.credits.note_mail()
         self._doorbell.hint_feed()
         last_look = functools.partial(self._session.may_send, session_id)
         members: dict[uuid.UUID, list[Started]] = {call_id: [] for call_id in calls}

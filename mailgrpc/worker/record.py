@@ -17,6 +17,9 @@ it.
 Each result is handed to the journal as well (journal.py), side by side with the recording, so that
 what a killed worker had in memory is found by the next one on this machine. `close` leaves there
 what is not recorded. What the journal brings back takes the same way (`take_over`).
+
+What runs in this process is expected here from its start until it is recorded: so it is known of a
+delivery that runs in our name whether we know of it (credits.py).
 """
 
 from __future__ import annotations
@@ -30,17 +33,15 @@ from dataclasses import replace
 
 from mailgrpc import failpoints
 from mailgrpc.core.delivery import Result
-from mailgrpc.db.deliveries import Recorded, Started, record_outcomes
+from mailgrpc.db.deliveries import Recorded, record_outcomes
 from mailgrpc.db.engine import Database
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
+from mailgrpc.handover import Running
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
 
 log = logging.getLogger(__name__)
-
-Attempt = tuple[uuid.UUID, uuid.UUID]
-"""An attempt's id and its delivery's."""
 
 FLUSH_RESULTS = 500
 _REST = 3  # times as long as the last flush took: what comes meanwhile shares the next one
@@ -71,7 +72,7 @@ class Recorder:
         self._doorbell = doorbell
         self._outage = outage
         self._lane = lane
-        self._expected: set[Attempt] = set()
+        self._expected: set[Running] = set()
         self._waiting: deque[Recorded] = deque()
         self._taken = 0  # results that ever came in
         self._settled = 0  # of these, those that were recorded or refused
@@ -81,17 +82,18 @@ class Recorder:
         self._refused: deque[Recorded] = deque()
         self._insister: asyncio.Task[None] | None = None
 
-    def expect(self, attempts: Iterable[Attempt]) -> None:
+    def expect(self, running: Iterable[Running]) -> None:
         """These run here, and their results will come; until they are recorded they are expected."""
-        self._expected.update(attempts)
+        self._expected.update(running)
 
-    def give_up(self, attempts: Iterable[Attempt]) -> None:
+    def give_up(self, running: Iterable[Running]) -> None:
         """No results of these will come."""
-        self._expected.difference_update(attempts)
+        self._expected.difference_update(running)
 
-    def expects(self, started: Started) -> bool:
-        """Whether its result will come, or has and is not recorded."""
-        return (started.attempt_id, started.delivery.delivery_id) in self._expected
+    @property
+    def expected(self) -> frozenset[Running]:
+        """Whatever runs here, and what has ended and is not recorded."""
+        return frozenset(self._expected)
 
     def __len__(self) -> int:
         """Results that are not recorded yet."""

@@ -14,7 +14,7 @@ from mailgrpc.db.engine import Database
 from mailgrpc.db.schema import check_schema, read_installation
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import SettingsError
-from mailgrpc.handover import Handover
+from mailgrpc.handover import LOOK_S, Handover
 from mailgrpc.providers.provider import Provider
 from mailgrpc.providers.registry import open_channels
 from mailgrpc.worker.drain import Drain
@@ -28,7 +28,6 @@ from mailgrpc.worker.sweep import Reaper, Sweeper
 log = logging.getLogger(__name__)
 
 _RING_WAIT_S = 10.0
-_LOOK_S = 0.2
 _WIRE_SHARE = 0.7  # of the grace time, for what is on the wire
 _SESSION_SHARE = 0.8  # until then the session is over; the rest is for connections that are silent
 _BEATS_CLOSE_S = 0.4  # nobody waits for a beat any more
@@ -62,7 +61,6 @@ class Worker:
         self._channels = channels
         self._doorbell = Doorbell(settings.redis_url)
         self._handover = Handover(self._doorbell)
-        self._opened = asyncio.Event()  # servers may have something to tell
         lane = secrets.randbelow(settings.feed_lanes)
         name = f"{os.uname().nodename}:{os.getpid()}"
         outage = Outage()
@@ -95,7 +93,6 @@ class Worker:
                 concurrency=settings.send_concurrency,
                 has_others=lambda: reaper.sees_others,
                 handover=self._handover,
-                opened=self._opened,
             )
             for channel, provider in channels.items()
         ]
@@ -235,24 +232,26 @@ class Worker:
                 await asyncio.sleep(1)
 
     async def _hear(self) -> None:
-        """Hear what servers hand over, while anything is offered to them."""
-        by_channel = {drain.channel: drain.places for drain in self._drains}
+        """Hear what servers tell, while they have any credit."""
+        by_channel = {drain.channel: drain.credits for drain in self._drains}
         while True:
             try:
-                if not any(places.is_open for places in by_channel.values()):
-                    self._opened.clear()
-                    await self._opened.wait()
-                word = await self._handover.told(self._session.session_id)
-                if word is not None and word.channel in by_channel:
-                    by_channel[word.channel].note(word)
+                if not any(each.are_open for each in by_channel.values()):
+                    self._handover.has_given.clear()
+                    await self._handover.has_given.wait()
+                notice = await self._handover.hear(self._session.session_id)
+                if notice is not None and notice.channel in by_channel:
+                    by_channel[notice.channel].note(notice)
             except Exception:
                 log.exception("hearing what is handed over failed; it goes on")
                 await asyncio.sleep(1)
 
     async def _look(self) -> None:
-        """Look for what was handed over and not heard of."""
+        """Look after the credits that servers have."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(LOOK_S)
             for drain in self._drains:
-                if drain.places.is_open:
-                    await drain.places.look()
+                try:
+                    drain.credits.look()
+                except Exception:
+                    log.exception("looking after credits failed; it goes on")

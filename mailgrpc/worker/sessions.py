@@ -14,8 +14,8 @@ setting is judged by what it promised itself, not by who looks. The beat has a c
 own, with a short patience, so that it neither waits behind claims nor lets one silent connection
 pass for a whole lease.
 
-A session that was ended claims and starts nothing more: both take its row first, shared, and the
-ending waits for them. One that has not been heard in time starts nothing either (`may_send`),
+A session that was ended claims and starts nothing more: claims, starts, and the inserts that start by its
+credit (credits.py) take its row, shared, and the ending waits for them. One that has not been heard in time starts nothing either (`may_send`),
 though its row may stand: what it started would be refused by the last look. What it had on the
 wire is still recorded, by the rule on late results.
 
@@ -23,7 +23,7 @@ What comes late. A network may deliver a statement after its worker gave it up, 
 is long replaced. An ending would refuse it; a session that lives would not, and what such a claim
 leases nobody knows of. So the claims of a channel are counted in epochs: a worker in doubt begins a
 new one before it gives everything back, and what belongs to an older one then does nothing
-(`claim_due` and `start_deliveries` in the database).
+(`claim_due`, `start_deliveries` and `enqueue_messages` in the database).
 
 The last look. Between a worker's last beat and the moment a reaper may act lies the lease. A send
 begins its last, irrevocable write only while the worker's own clock says that this time is not

@@ -2,7 +2,8 @@
 
 Promises. Whatever breaks, what was started has a result: at worst that nobody knows. Each result
 has its place in the journal before its delivery is started (`room`). When the channel fails as a
-whole, what had been started and not yet sent comes back unsent (breaker.py).
+whole, what had been started and not yet sent comes back unsent (breaker.py). What is sent here is
+expected by the recorder until it is recorded: whatever else runs in our name is not (credits.py).
 
 How. What was started ahead waits in a line. A slot is a task that goes from one call of the line to
 the next and ends when there is none: a task for each call would cost a tenth of what a call does.
@@ -73,7 +74,7 @@ class Wire:
         self._abandoned = False
         self.freed = asyncio.Event()
         """Set when a call has ended: there may be room."""
-        self.on_freed: Callable[[], None] = _nothing
+        self.on_freed: Callable[[], None] = lambda: None
 
     def room(self, mode: Mode) -> int:
         """How many groups of this mode may be started now; 0 until it is worth a start.
@@ -194,10 +195,6 @@ class Wire:
             result = broken(Outcome.UNKNOWN, error)
             step = next_step(started.delivery, result, now, DEFAULT_POLICY, self._rng)
         return Recorded.of(started, self._provider.name, now, result, step)
-
-
-def _nothing() -> None:
-    """What is done at the end of a call unless somebody wants more."""
 
 
 def _telling(results: Sequence[Result]) -> Result:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mailgrpc.db.deliveries import Started, read_deliveries, start_deliveries
+from mailgrpc.worker import credits as worker_credits
 from mailgrpc.worker import drain, journal, runtime, sweep
 from tests.worker.lossy_file import LossyFile
 
@@ -77,11 +78,21 @@ def _now() -> Any:
     return datetime.now(UTC)
 
 
+def _take_nothing_back() -> None:
+    """What was handed over and not told of is not looked for."""
+
+    async def take_back(self: Any, *_: Any) -> None:
+        """Nothing."""
+
+    worker_credits.Credits.take_back = take_back  # type: ignore[method-assign]
+
+
 PATCHES: dict[str, Callable[[], None]] = {
     "lossy": _lossy_journal,
     "no-sync": _no_sync,
     "reap-without-looking": _reap_without_looking,
     "send-before-the-start": _send_before_the_start,
+    "take-nothing-back": _take_nothing_back,
 }
 
 

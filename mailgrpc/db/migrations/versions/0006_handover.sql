@@ -19,9 +19,9 @@ DROP FUNCTION enqueue_messages(integer, uuid[], integer[], text[], bytea[], inte
 -- Running it again with the same ids, after a commit whose answer was lost, adds nothing: the
 -- insert waits on the key of the first run and 'known' then names our own message.
 --
--- Locks: request ids → the workers' rows → due → deliveries → the lane. Not the workers first: a beat
--- waits for those who share its row, and those who come later wait for the beat; two flushes with one
--- request id would then wait for each other.
+-- Locks: request ids → the worker's row → content keys → due → deliveries → the lane. Not the worker's
+-- row first: a beat waits for those who share it, and those who come later wait for the beat; two
+-- flushes with one request id would then wait for each other.
 CREATE FUNCTION enqueue_messages(
     p_lane integer,
     p_m_id uuid[], p_m_project integer[], p_m_request_id text[], p_m_fingerprint bytea[],
@@ -138,19 +138,18 @@ BEGIN
         -- queued before that, and both are told.
         PERFORM pg_advisory_xact_lock(1835466752 + p_lane);
         INSERT INTO events (lane, seq, project_id, kind, occurred_at, actor, message_id, delivery_id,
-            recipient, role, old_state, state, version, wait_reason, due_at, possibly_sent,
-            suppression_reason, duplicate_of, attempt_count, call_id, channel, attempt_started_at)
+            recipient, role, possibly_sent, suppression_reason, duplicate_of, channel,
+            old_state, state, version, wait_reason, due_at, attempt_count, call_id,
+            attempt_started_at)
         SELECT p_lane, nextval('feed_seq'), d.project_id, 16, v_now, '', message_of(d.id), d.id,
-            d.recipient, d.role, e.old_state, e.state, e.version,
-            CASE WHEN d.state = 2 THEN 2 - e.version ELSE d.wait_reason END,
-            CASE WHEN d.state = 2 AND e.state = 1 THEN v_now ELSE d.due_at END, d.possibly_sent,
-            d.suppression_reason, d.duplicate_of, e.version - 1,
-            CASE WHEN e.state = 2 THEN d.call_id END, d.channel,
-            CASE WHEN e.state = 2 THEN v_now END
+            d.recipient, d.role, d.possibly_sent, d.suppression_reason, d.duplicate_of, d.channel, e.*
         FROM unnest(v_rows) AS d
-        CROSS JOIN LATERAL (SELECT 0 AS old_state, CASE WHEN d.state = 2 THEN 1 ELSE d.state END
-                AS state, 1 AS version
-            UNION ALL SELECT 1, 2, 2 WHERE d.state = 2) AS e;
+        CROSS JOIN LATERAL (
+            SELECT 0, d.state, 1, d.wait_reason, d.due_at, 0, NULL::uuid, NULL::timestamptz
+                WHERE d.state <> 2
+            UNION ALL SELECT 0, 1, 1, 1, v_now, 0, NULL, NULL WHERE d.state = 2
+            UNION ALL SELECT 1, 2, 2, 0, NULL, 1, d.call_id, v_now WHERE d.state = 2
+        ) AS e;
     END IF;
 
     RETURN QUERY SELECT 'known', l.id, NULL::uuid, NULL::smallint, NULL::uuid
@@ -162,8 +161,8 @@ BEGIN
     END IF;
 END $$;
 
--- The bounds of the ids first, as everywhere (0003): what was handed over to a session and is to be
--- sent by it, with all that this takes. A delivery is left out unless that attempt of it runs there.
+-- What was handed over to a session and runs there, with all that sending it takes. The bounds of the
+-- ids come first, as everywhere (0003).
 CREATE FUNCTION read_handed(p_session bigint, p_id uuid[], p_attempt uuid[])
 RETURNS TABLE (
     id uuid, recipient text, role smallint, state smallint, state_since timestamptz,
