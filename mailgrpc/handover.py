@@ -121,13 +121,14 @@ class Handover:
         """Wait for a grant for one of these channels, for about a second."""
 
         async def pop(redis: Any) -> Grant | None:
-            found = await redis.blpop([self._grants(c) for c in channels], timeout=_BLOCK_S)
-            grant = _grant_of(found[1]) if found is not None else None
-            if grant is None or await redis.exists(_alive(grant.session_id)):
-                return grant
-            await self.tell(
-                grant.session_id, Notice(grant.channel, grant.epoch, (), grant.attempts)
-            )
+            names = [self._grants(c) for c in channels]
+            while (found := await redis.blpop(names, timeout=_BLOCK_S)) is not None:
+                if (grant := _grant_of(found[1])) is None:
+                    continue
+                if await redis.exists(_alive(grant.session_id)):
+                    return grant
+                unused = Notice(grant.channel, grant.epoch, (), grant.attempts)
+                await self.tell(grant.session_id, unused)  # in case that it lives after all
             return None
 
         return await self._asked_in_peace(pop)
@@ -147,8 +148,12 @@ class Handover:
         """Wait for a notice to this session, for about a second."""
 
         async def pop(redis: Any) -> Notice | None:
-            found = await redis.blpop([_notices(session_id)], timeout=_BLOCK_S)
-            return _notice_of(found[1]) if found is not None else None
+            while (
+                found := await redis.blpop([_notices(session_id)], timeout=_BLOCK_S)
+            ) is not None:
+                if (notice := _notice_of(found[1])) is not None:
+                    return notice
+            return None
 
         return await self._asked_in_peace(pop)
 

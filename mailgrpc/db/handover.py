@@ -49,13 +49,16 @@ async def read_handed(
 async def read_running(
     db: Database, session_id: int, channel: str, running_s: float
 ) -> list[Started]:
-    """What has been running in this session for so long, on a channel. Raises StoreUnavailable.
+    """What was handed over to this session on a channel and has been running for so long.
 
-    Reads what is due on the channel: once a minute, and at each new epoch.
+    Reads what is due on the channel: once a minute, and at each new epoch. Raises StoreUnavailable.
     """
     rows = await db.fetch(
-        """SELECT d.* FROM due q JOIN deliveries d ON d.id = q.delivery_id
-           WHERE q.session_id = $1 AND q.channel = $2 AND d.state = 2
+        # The LIMIT is a fence: the planner would read all deliveries where it thinks that many are due.
+        # Of what was handed over the attempt and its call have one id, which nothing else has.
+        """SELECT d.* FROM due q
+           CROSS JOIN LATERAL (SELECT * FROM deliveries d WHERE d.id = q.delivery_id LIMIT 1) AS d
+           WHERE q.session_id = $1 AND q.channel = $2 AND d.state = 2 AND d.attempt_id = d.call_id
                AND d.attempt_started_at <= clock_timestamp() - make_interval(secs => $3)""",
         session_id,
         channel,

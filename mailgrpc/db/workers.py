@@ -70,24 +70,16 @@ async def begin_epoch(
     held: str = "",
     paused: Sequence[str] = (),
 ) -> bool:
-    """Beat, and let no claim of an earlier epoch on this channel take anything from now on.
+    """Beat, and let nothing of an earlier epoch on this channel take or start anything from now on.
 
     For a worker that does not know what became of one: it may still be on its way, and would lease
-    rows that nobody knows of for as long as the session lives. Waits for those under way, as `beat`
-    does. False: the session has been ended.
+    rows that nobody knows of for as long as the session lives. Waits for what is under way, as
+    `end_session` does. False: the session has been ended.
     """
-    rows = await db.write(
-        """UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp(), held = $2, paused = $3,
-               epochs = epochs || jsonb_build_object($4::text,
-                   greatest(coalesce((epochs ->> $4)::integer, 0), $5::integer))
-           WHERE id = $1 AND ended_at IS NULL RETURNING id""",
-        session_id,
-        held,
-        list(paused),
-        channel,
-        epoch,
+    [row] = await db.write(
+        "SELECT begin_epoch($1, $2, $3, $4, $5)", session_id, channel, epoch, held, list(paused)
     )
-    return bool(rows)
+    return bool(row["begin_epoch"])
 
 
 async def read_sessions(db: Database) -> list[SessionRow]:
@@ -148,18 +140,11 @@ async def end_session(
 ) -> bool:
     """End a session; with `seen_beat` only if it has not beaten since. Whether it is ended now.
 
-    Waits for the claims and starts that are under way in it, and none follows. `settle_after_s`: how
+    Waits for the claims, starts and inserts that are under way in it, and none follows. `settle_after_s`: how
     long nobody may settle what it had started.
     """
-    rows = await db.write(
-        """UPDATE workers SET ended_at = coalesce(ended_at,
-               clock_timestamp() + make_interval(secs => $3))
-           WHERE id = $1 AND ($2::bigint IS NULL OR beat = $2) RETURNING id""",
-        session_id,
-        seen_beat,
-        settle_after_s,
-    )
-    return bool(rows)
+    [row] = await db.write("SELECT end_session($1, $2, $3)", session_id, seen_beat, settle_after_s)
+    return bool(row["end_session"])
 
 
 async def release_unstarted(

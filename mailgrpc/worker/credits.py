@@ -17,7 +17,8 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -40,15 +41,25 @@ from mailgrpc.worker.wire import Wire
 log = logging.getLogger(__name__)
 
 CREDITS = 64
-"""Of a grant."""
+"""Of a grant, at the most."""
+_GRANTS = 4
+"""Into so many what there is is divided, at the least: for several servers."""
 AHEAD = 448
-"""Credits beside those for the free slots: a flush may have 500 messages, and takes what is at hand."""
+"""Credits beside those for the free slots, at the most: a flush may have 500 messages."""
+AHEAD_S = 0.5
+"""And no more than go out in this time: so long may wait what is urgent, or comes once."""
 STRAY_S = 60.0
 """After which whatever runs and is not expected is taken back; the look for it comes as often."""
 _REST_S = 5.0
 """Without grants, after Redis did not take one or credits did not come back."""
+REFUSED_S = 1.0
+"""Between two epochs that begin because a notice was refused: whoever writes to Redis may send many."""
+_TOLD_KEPT = 20_000
 _UNTOLD = Result(
     Outcome.DEFERRED, Cause.WORKER_LOST, text="handed over to a worker that was never told of it"
+)
+_FORGOTTEN = Result(
+    Outcome.UNKNOWN, Cause.WORKER_LOST, text="handed over, and what came of it is lost"
 )
 
 
@@ -85,7 +96,7 @@ class Credits:
         self._wire = wire
         self._channel = channel
         self._lane = lane
-        self._most = concurrency + AHEAD
+        self._concurrency = concurrency
         self._on_missing = on_missing
         self._clock = clock
         self.are_heard = False
@@ -95,6 +106,13 @@ class Credits:
         self._session_id = self._epoch = 0
         self._mail_at = self._rest_until = float("-inf")
         self._strays_at = clock() + STRAY_S
+        self._has_given = False  # in this session
+        self._has_refused = False
+        self._missed_at = self._looked_at = clock()
+        self._rate = 0.0  # calls a second that ended, lately
+        self._ended = 0  # since the last look
+        self._told_of: OrderedDict[uuid.UUID, None] = OrderedDict()  # what may have been sent
+        self._told_before: uuid.UUID | None = None  # the last that was forgotten of these
         self._told: list[Running] = []
         self._unread = 0  # of what was told of
         self._reader: asyncio.Task[None] | None = None
@@ -109,6 +127,8 @@ class Credits:
         """All that is due is claimed: give as many as there is room for, from now on."""
         if session_id != self._session_id:
             self.withdraw()
+            self._drop(self._told)  # of a session that is over, which the reaper settles
+            self._told, self._has_given = [], False
         self._gives, self._session_id, self._epoch = self.are_heard, session_id, epoch
         self.give()
 
@@ -120,22 +140,30 @@ class Credits:
         """Something was sent: more may come."""
         self._mail_at = self._clock()
 
+    def note_end(self) -> None:
+        """A call has ended: there may be room."""
+        self._ended += 1
+        self.give()
+
     def give(self) -> None:
         """Give as many as there is room for, if that is allowed and mail comes in."""
         if not self._gives or self._clock() < self._rest_until:
             return
+        most = self._concurrency + int(min(AHEAD, self._rate * AHEAD_S))
+        size = min(CREDITS, -(-most // _GRANTS))
         room = min(
-            self._most - self._wire.calls - self._unread - len(self._open),
+            most - self._wire.calls - self._unread - len(self._open),
             # The other half is for what is claimed, on this channel and on others.
             self._journal.room - self._journal.slots // 2,
         )
-        if room < CREDITS or self._clock() - self._mail_at > MAIL_COMES_S:
+        if room < size or self._clock() - self._mail_at > MAIL_COMES_S:
             return
-        for _ in range(room // CREDITS):
-            attempts = tuple(new_id() for _ in range(CREDITS))
+        self._has_given = True
+        for _ in range(room // size):
+            attempts = tuple(new_id() for _ in range(size))
             grant = Grant(self._session_id, self._epoch, self._channel, attempts)
             self._open.update(dict.fromkeys(attempts, _Given(grant, self._clock())))
-            self._journal.reserve(CREDITS)
+            self._journal.reserve(size)
             self._spawn(self._lay_out(grant))
 
     async def _lay_out(self, grant: Grant) -> None:
@@ -148,11 +176,11 @@ class Credits:
             return  # it started nothing, or what it started was taken back when this epoch began
         mine = [running for running in notice.started if self._close(running[0])]
         self._journal.unreserve(sum(self._close(attempt_id) for attempt_id in notice.unused))
-        if len(mine) < len(notice.started):
-            self._on_missing()
+        self._has_refused = self._has_refused or len(mine) < len(notice.started)
         if mine:
             self.note_mail()
             self._recorder.expect(mine)
+            self._remember(mine)
             self._told += mine
             self._unread += len(mine)
             if self._reader is None or self._reader.done():
@@ -167,8 +195,13 @@ class Credits:
     def look(self) -> None:
         """Take back what no server took; say so when something does not come back. Now and then."""
         now = self._clock()
+        if (passed_s := now - self._looked_at) > 0:
+            self._rate += (self._ended / passed_s - self._rate) / 2
+            self._ended, self._looked_at = 0, now
         given = set(self._open.values())
-        if any(now - each.at > MISSING_S for each in given):
+        refused = self._has_refused and now - self._missed_at > REFUSED_S
+        if refused or any(now - each.at > MISSING_S for each in given):
+            self._has_refused, self._missed_at = False, now
             self._on_missing()
             return
         for each in given:
@@ -192,23 +225,51 @@ class Credits:
     async def take_back(self, session_id: int, running_s: float = 0.0) -> None:
         """Record as not sent what runs in this session, for so long, and is not expected to end.
 
-        After a new epoch has begun, or longer than any notice may take. Raises StoreUnavailable.
+        After a new epoch has begun, or longer than any notice may take. What we were told of before may
+        have been sent, and its result lost with a primary: nobody knows. Raises StoreUnavailable.
         """
+        if not self._has_given:
+            return
         # Also what is recorded, and not expected any more, while we read.
         expected = self._recorder.expected
         running = await read_running(self._database, session_id, self._channel, running_s)
         expected |= self._recorder.expected
-        strays = [s for s in running if (s.attempt_id, s.delivery.delivery_id) not in expected]
+        strays = [
+            s
+            for s in running
+            if (s.attempt_id, s.delivery.delivery_id) not in expected
+            and s.attempt_id not in self._open
+        ]
         if strays:
             log.warning("%d deliveries were started here and not told of, taken back", len(strays))
             # Not by the recorder: its journal goes by attempts, and one of these may run elsewhere too.
-            await record_outcomes(self._database, self._lane, [_not_sent(s) for s in strays])
+            ended = [_ended(s, _FORGOTTEN if self._knows(s) else _UNTOLD) for s in strays]
+            await record_outcomes(self._database, self._lane, ended)
 
     async def take_back_strays(self, session_id: int) -> None:
         """`take_back` of what no notice told of, once in a while."""
         if self.are_heard and self._clock() >= self._strays_at:
             self._strays_at = self._clock() + STRAY_S
             await self.take_back(session_id, STRAY_S)
+
+    async def abandon(self) -> None:
+        """Read nothing more of what was told; the reaper settles it."""
+        self.forbid()
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    def _remember(self, told: Iterable[Running]) -> None:
+        self._told_of.update((delivery_id, None) for _, delivery_id in told)
+        while len(self._told_of) > _TOLD_KEPT:
+            forgotten, _ = self._told_of.popitem(last=False)
+            self._told_before = max(forgotten, self._told_before or forgotten)
+
+    def _knows(self, started: Started) -> bool:
+        """Whether we may have been told of it: for certain lately, and else as far as ids tell."""
+        delivery_id = started.delivery.delivery_id
+        is_old = self._told_before is not None and delivery_id <= self._told_before
+        return is_old or delivery_id in self._told_of
 
     def _close(self, attempt_id: uuid.UUID) -> bool:
         """Whether a credit was open; it is not any more."""
@@ -236,6 +297,8 @@ class Credits:
 
     def _give_up(self, told: list[Running]) -> None:
         """It was started and is not sent: to be taken back."""
+        for _, delivery_id in told:
+            self._told_of.pop(delivery_id, None)
         self._drop(told)
         self._on_missing()
 
@@ -251,11 +314,13 @@ class Credits:
         return task
 
 
-def _not_sent(started: Started) -> Recorded:
-    """Due at once: it has waited, and nothing speaks against it."""
+def _ended(started: Started, result: Result) -> Recorded:
+    """What was not sent is due at once: it has waited, and nothing speaks against it."""
     now = datetime.now(UTC)
-    step = next_step(started.delivery, _UNTOLD, now, DEFAULT_POLICY, random.Random())
-    return Recorded.of(started, "", now, _UNTOLD, replace(step, due_at=now))
+    step = next_step(started.delivery, result, now, DEFAULT_POLICY, random.Random())
+    if result is _UNTOLD:
+        step = replace(step, due_at=now)
+    return Recorded.of(started, "", now, result, step)
 
 
 def _group(handed: Handed) -> Group:

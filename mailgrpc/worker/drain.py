@@ -143,7 +143,7 @@ class Drain:
             on_missing=self._begin_anew,
             clock=clock,
         )
-        self._wire.on_freed = self._give_credit
+        self._wire.on_freed = self._note_end
         self._wake = asyncio.Event()
         self._after_project = 0
         self._epoch = 0  # sessions.py: counts what was given back because its fate was not known
@@ -159,9 +159,11 @@ class Drain:
         """Something may be due."""
         self._wake.set()
 
-    def _give_credit(self) -> None:
-        if self.breaker.is_closed:
-            self.credits.give()
+    def _note_end(self) -> None:
+        """A call has ended, and with it perhaps the channel (breaker.py)."""
+        if not self.breaker.is_closed:
+            self.credits.forbid()
+        self.credits.note_end()
 
     def _begin_anew(self) -> None:
         """Credits do not come back: what was started with them is found once a new epoch began."""
@@ -214,6 +216,7 @@ class Drain:
 
     async def abandon(self) -> None:
         """End what is on the wire, unheard; the reaper settles it."""
+        await self.credits.abandon()
         await self._wire.abandon()
 
     async def _guarded_pass(self) -> float | None:

@@ -234,9 +234,11 @@ class Worker:
     async def _hear(self) -> None:
         """Hear what servers tell, while they have any credit."""
         by_channel = {drain.channel: drain.credits for drain in self._drains}
+        notice = None
         while True:
             try:
-                if not any(each.are_open for each in by_channel.values()):
+                # What comes too late is read as well: it would be met with the next credit.
+                if notice is None and not any(each.are_open for each in by_channel.values()):
                     self._handover.has_given.clear()
                     await self._handover.has_given.wait()
                 notice = await self._handover.hear(self._session.session_id)

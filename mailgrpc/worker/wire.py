@@ -99,6 +99,11 @@ class Wire:
 
         A `probe` is sent although the channel pauses; the future is done when the call has ended.
         """
+        if self._abandoned:
+            lost = [self._end(s, worker_lost(), DEFAULT_POLICY) for s in started]
+            self._recorder.put(lost)
+            self._journal.unreserve(len(started))
+            return
         self._recorder.expect((s.attempt_id, s.delivery.delivery_id) for s in started)
         self.calls += 1
         self._line.append(_Call(group, started, last_look, probe))

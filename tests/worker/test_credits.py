@@ -19,7 +19,7 @@ from mailgrpc.db.messages import Start
 from mailgrpc.db.workers import begin_epoch, end_session
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.handover import MISSING_S, RETRACT_S, Grant, Handover, Notice
-from mailgrpc.worker.credits import CREDITS, STRAY_S
+from mailgrpc.worker.credits import AHEAD, AHEAD_S, REFUSED_S, STRAY_S
 from tests.gateway import until
 from tests.worker.rig import Clock, Gate, LossyDatabase, Part, Store, outlive_lease
 
@@ -232,12 +232,12 @@ async def test_what_comes_back_unused_is_given_again(part: Part, servers: Handov
     for grant in grants:
         part.drain.credits.note(Notice("default", 0, (), grant.attempts))
     again = await taken(servers)
-    assert len(again.attempts) == CREDITS
+    assert len(again.attempts) == 2
     assert set(again.attempts).isdisjoint(a for grant in grants for a in grant.attempts)
 
 
 async def test_a_credit_that_is_used_twice_sends_both_once(
-    part: Part, store: Store, servers: Handover
+    part: Part, store: Store, servers: Handover, clock: Clock
 ) -> None:
     """Redis fell back to an older state, and gave a grant to two servers."""
     grant = await taken(servers)
@@ -245,6 +245,8 @@ async def test_a_credit_that_is_used_twice_sends_both_once(
     second, two = await put(store, grant, "b@example.com")
     part.drain.credits.note(one)
     part.drain.credits.note(two)
+    clock.now += REFUSED_S + 0.1
+    await looked(part)
     await part.drain._guarded_pass()
     await part.recorded()
     assert sorted(part.outbox) == ["a@example.com", "b@example.com"]
@@ -353,16 +355,16 @@ async def test_without_mail_no_credit_is_given(
 async def test_servers_do_not_take_from_the_dead(
     part: Part, servers: Handover, redis_url: str
 ) -> None:
-    grants = part.journal.slots // 2 // CREDITS
+    grants = 4
     doorbell = Doorbell(redis_url)
     async with asyncio.timeout(5):
         while await doorbell.ask(lambda redis: redis.llen(GRANTS), 2) != grants:
             await asyncio.sleep(0.01)
     await servers.leave(part.session.session_id)
     assert await servers.take(["default"]) is None
-    notice = await servers.hear(part.session.session_id)  # in case that it lives after all
+    notice = await servers.hear(part.session.session_id)
     assert notice is not None
-    assert len(notice.unused) == CREDITS
+    assert len(notice.unused) == 2
     await doorbell.close()
 
 
@@ -475,3 +477,80 @@ async def all_taken(servers: Handover) -> list[Grant]:
     while (grant := await servers.take(["default"])) is not None:
         grants.append(grant)
     return grants
+
+
+async def test_notices_that_are_refused_begin_an_epoch_a_second_at_the_most(
+    part: Part, servers: Handover, clock: Clock, store: Store
+) -> None:
+    await all_taken(servers)
+    for _ in range(10):
+        clock.now += REFUSED_S / 10
+        part.drain.credits.note(Notice("default", 7, [(uuid.uuid4(), uuid.uuid4())], ()))
+        await looked(part)
+        part.session._heard(part.session.session_id, clock.now)
+        await part.drain._guarded_pass()
+    assert await store.value("SELECT coalesce((epochs ->> 'default')::int, 0) FROM workers") <= 1
+
+
+async def test_what_may_have_been_sent_is_not_called_unsent(
+    part: Part, store: Store, servers: Handover
+) -> None:
+    """A primary was lost with the last results, which nobody expects any more."""
+    ids, notice = await put(store, await taken(servers), "a@example.com")
+    before = await store.db.fetch("SELECT * FROM deliveries")
+    due = await store.db.fetch("SELECT * FROM due")
+    part.drain.credits.note(notice)
+    await part.recorded()
+    await store.db.write("DELETE FROM attempts")
+    await store.db.write("DELETE FROM deliveries")
+    await store.db.write("INSERT INTO deliveries VALUES (($1::deliveries).*)", before[0])
+    await store.db.write("INSERT INTO due VALUES (($1::due).*)", due[0])
+    part.drain._begin_anew()
+    await part.drain._guarded_pass()
+    [attempt] = await store.attempts(ids[0])
+    assert attempt.result is not None
+    assert attempt.result.outcome is Outcome.UNKNOWN
+    assert (await store.delivery(ids[0])).possibly_sent
+    assert part.outbox == ["a@example.com"]
+
+
+async def test_what_was_claimed_is_not_taken_back(
+    lossy: LossyDatabase, clock: Clock, redis_url: str, store: Store
+) -> None:
+    """However it came to run and not be expected: nothing proves that it was not sent."""
+    async with Part(lossy, clock, redis_url=redis_url) as part:
+        part.drain.credits.are_heard = True
+        await given(part)
+        message_id = await store.put("a@example.com", mode=Mode.SEND_ONCE)
+        lossy.lose_answer("start_deliveries")
+        part.drain.stop_claiming()
+        part.drain._stopping = False
+        part.provider = gate = Gate()
+        part.drain._wire._provider = gate
+        draining = asyncio.create_task(part.drain.drain_once())
+        await until(lambda: bool(gate.held))
+        part.recorder.give_up(part.recorder.expected)
+        await part.drain.credits.take_back(part.session.session_id)
+        assert await store.state(message_id) is State.SENDING
+        gate.open()
+        await draining
+        await part.recorded()
+        part.drain.credits.withdraw()
+
+
+async def test_credit_goes_by_what_goes_out(part: Part, servers: Handover, clock: Clock) -> None:
+    """So that what is urgent does not wait for long behind it."""
+    await all_taken(servers)
+    part.drain.credits.withdraw()
+    for ended, most in ((0, 8), (40, 8 + 40 * AHEAD_S), (100_000, 8 + AHEAD)):
+        clock.now += 60.0
+        part.drain.credits.note_mail()
+        for _ in range(10):  # looks, until the rate is known
+            clock.now += 0.2
+            part.drain.credits._ended = int(ended / 5)
+            part.drain.credits.look()
+        opened = len(part.drain.credits._open)
+        limit = min(most, part.journal.slots / 2)
+        assert limit / 2 < opened <= limit
+        part.drain.credits.withdraw()
+        await all_taken(servers)

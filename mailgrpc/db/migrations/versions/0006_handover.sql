@@ -6,6 +6,46 @@ DROP FUNCTION enqueue_messages(integer, uuid[], integer[], text[], bytea[], inte
     timestamptz[], double precision[], uuid[], smallint[], bytea[], integer[], uuid[], text[],
     smallint[], bytea[]);
 
+-- Held to the end of the transaction: shared by the inserts that start in a session's name, alone by what
+-- ends it or begins an epoch. It is given out in the order in which it is asked for. 0x6d670001: 'mg'.
+CREATE FUNCTION lock_session(p_session bigint, p_alone boolean) RETURNS void LANGUAGE plpgsql
+AS $$
+BEGIN
+    IF p_alone THEN
+        PERFORM pg_advisory_xact_lock(1835466753, hashint8(p_session));
+    ELSE
+        PERFORM pg_advisory_xact_lock_shared(1835466753, hashint8(p_session));
+    END IF;
+END $$;
+
+-- End a session; with p_seen_beat only if it has not beaten since. Whether it is ended now. Waits for the
+-- claims, starts and inserts that are under way in it, and none follows.
+CREATE FUNCTION end_session(p_session bigint, p_seen_beat bigint, p_settle_after_s double precision)
+RETURNS boolean LANGUAGE plpgsql
+AS $$
+BEGIN
+    PERFORM lock_session(p_session, true);
+    UPDATE workers SET ended_at = coalesce(ended_at,
+        clock_timestamp() + make_interval(secs => p_settle_after_s))
+    WHERE id = p_session AND (p_seen_beat IS NULL OR beat = p_seen_beat);
+    RETURN FOUND;
+END $$;
+
+-- Beat, and let nothing of an earlier epoch on this channel take or start anything from now on. False:
+-- the session has been ended. Waits for what is under way in it, as end_session does.
+CREATE FUNCTION begin_epoch(
+    p_session bigint, p_channel text, p_epoch integer, p_held text, p_paused text[]
+) RETURNS boolean LANGUAGE plpgsql
+AS $$
+BEGIN
+    PERFORM lock_session(p_session, true);
+    UPDATE workers SET beat = beat + 1, beat_at = clock_timestamp(), held = p_held,
+        paused = p_paused, epochs = epochs || jsonb_build_object(p_channel,
+            greatest(coalesce((epochs ->> p_channel)::integer, 0), p_epoch))
+    WHERE id = p_session AND ended_at IS NULL;
+    RETURN FOUND;
+END $$;
+
 -- Take in a flush: messages, request ids, deliveries, due rows and QUEUED events.
 --
 -- Parallel arrays: p_m_* one entry a message, p_a_* one an attachment, p_d_* one a delivery, whose
@@ -19,9 +59,10 @@ DROP FUNCTION enqueue_messages(integer, uuid[], integer[], text[], bytea[], inte
 -- Running it again with the same ids, after a commit whose answer was lost, adds nothing: the
 -- insert waits on the key of the first run and 'known' then names our own message.
 --
--- Locks: request ids → the worker's row → content keys → due → deliveries → the lane. Not the worker's
--- row first: a beat waits for those who share it, and those who come later wait for the beat; two
--- flushes with one request id would then wait for each other.
+-- Locks: request ids → the session → content keys → due → deliveries → the lane. The session is locked by
+-- its number and not by its row: inserts of several servers overlap without an end, and a beat that had
+-- to wait until nobody shares its row would wait for ever. Not before the request ids: whoever ends the
+-- session lets nobody else in, and two flushes with one request id would then wait for each other.
 CREATE FUNCTION enqueue_messages(
     p_lane integer,
     p_m_id uuid[], p_m_project integer[], p_m_request_id text[], p_m_fingerprint bytea[],
@@ -60,11 +101,13 @@ BEGIN
     )
     SELECT array_agg(id) INTO v_lost FROM asked WHERE id NOT IN (SELECT w.message_id FROM won w);
 
-    -- Shared with claims and starts, exclusive of the reaper: a session that stands here is not ended
-    -- before this commit, and what is started in its name is then seen by the reaper.
+    -- A session that stands here is not ended before this commit, nor an epoch begun, and whoever does
+    -- so then sees what is started in its name.
     IF v_starts THEN
+        PERFORM lock_session(p_h_session, false);
         PERFORM FROM workers w WHERE w.id = p_h_session AND w.ended_at IS NULL
-            AND coalesce((w.epochs ->> p_h_channel)::integer, 0) <= p_h_epoch FOR SHARE;
+            AND p_h_channel = ANY (w.channels)
+            AND coalesce((w.epochs ->> p_h_channel)::integer, 0) <= p_h_epoch;
         v_starts := FOUND;
     END IF;
 
