@@ -7,18 +7,20 @@ stores a delivery as SENDING, by that session, with that attempt (enqueue_messag
 tells the worker which delivery it was. The worker reads it and sends.
 
 What is promised without it holds with it.
-- PostgreSQL decides. The insert takes the worker's row, shared, as a start does, and starts nothing where
-  the session has ended or begun a later epoch on the channel: then the delivery is QUEUED like any other.
+- PostgreSQL decides. The insert holds the session, shared (lock_session), and starts nothing where it has
+  ended or begun a later epoch on the channel: then the delivery is QUEUED like any other.
   And the worker sends only what it reads there as started in its name.
 - Redis carries ids, as hints. A notice that comes twice is refused, because a credit is used once; what no
   notice tells of is looked for. Without Redis there is no credit.
 - Whatever was given comes back, used or not, within MISSING_S. Where it does not (a server was killed
   between commit and notice, a list was flushed) the worker begins a new epoch, after which no insert can
   use those credits any more, and reads what was started with them: that was not sent, which the worker
-  alone can prove, and it says so and tries again. A notice that comes after that is passed over.
+  alone can prove, and it says so and tries again. A notice that comes after that is passed over. What
+  it was told of, and whose result PostgreSQL has lost with a primary, it calls unknown.
 - A place in the journal is taken with each credit.
-- No credit is given while more is due than is claimed: what waits is overtaken by few. Priorities and the
-  turns of projects are matters of a claim; here all that comes is started at once.
+- No credit is given while more is due than is claimed, nor more than goes out in half a second: what
+  waits is overtaken by few, and what is urgent waits no longer than that behind what is not. Priorities
+  and the turns of projects are matters of a claim; here all that comes is started at once.
 - RETRYING alone. Whatever a killed worker had been given is in doubt, and goes out again after its
   lease; of SEND_ONCE, which would end OUTCOME_UNKNOWN, it must be as little as can be on the wire.
 - What is handed over while the channel begins to pause comes back unsent, as what was started before.

@@ -14,8 +14,8 @@ setting is judged by what it promised itself, not by who looks. The beat has a c
 own, with a short patience, so that it neither waits behind claims nor lets one silent connection
 pass for a whole lease.
 
-A session that was ended claims and starts nothing more: claims, starts, and the inserts that start by its
-credit (credits.py) take its row, shared, and the ending waits for them. One that has not been heard in time starts nothing either (`may_send`),
+A session that was ended claims and starts nothing more: claims and starts take its row, shared, inserts
+that start by its credit (credits.py) its number, and the ending waits for them. One that has not been heard in time starts nothing either (`may_send`),
 though its row may stand: what it started would be refused by the last look. What it had on the
 wire is still recorded, by the rule on late results.
 
