@@ -14,7 +14,7 @@ from mailgrpc.core.delivery import Cause, Mode, Outcome, Result, State
 from mailgrpc.core.ids import delivery_id
 from mailgrpc.db.deliveries import Started
 from mailgrpc.db.engine import Database, SessionEnded
-from mailgrpc.db.handover import read_running
+from mailgrpc.db.handover import Handed, read_running
 from mailgrpc.db.messages import Start
 from mailgrpc.db.workers import begin_epoch, end_session
 from mailgrpc.doorbell import Doorbell
@@ -554,3 +554,38 @@ async def test_credit_goes_by_what_goes_out(part: Part, servers: Handover, clock
         assert limit / 2 < opened <= limit
         part.drain.credits.withdraw()
         await all_taken(servers)
+
+
+async def test_what_is_told_while_a_worker_is_torn_down_is_not_sent(
+    part: Part, store: Store, servers: Handover
+) -> None:
+    """It was read when nothing is to be sent any more: proof that it did not go out."""
+    ids, notice = await put(store, await taken(servers), "a@example.com")
+    await part.drain.abandon()
+    part.drain.credits.note(notice)
+    await part.recorded()
+    assert part.outbox == []
+    assert await states(store, ids) == [State.DEFERRED]
+    assert not (await store.delivery(ids[0])).possibly_sent
+
+
+async def test_what_is_being_read_when_a_worker_is_torn_down_is_left(
+    part: Part, store: Store, servers: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = asyncio.Event()
+
+    async def never(*_: object) -> list[Handed]:
+        reading.set()
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr("mailgrpc.worker.credits.read_handed", never)
+    ids, notice = await put(store, await taken(servers), "a@example.com")
+    part.drain.credits.note(notice)
+    await reading.wait()
+    async with asyncio.timeout(5):
+        await part.drain.abandon()
+        await part.drain.settle()
+    assert part.outbox == []
+    assert await states(store, ids) == [State.SENDING]
+    part.journal.unreserve(1)  # which goes with the process
