@@ -12,6 +12,7 @@ import asyncpg
 from mailgrpc.core.delivery import Outcome, Result, State, Step
 from mailgrpc.db.deliveries import Recorded, promote_scheduled, record_outcomes, started_of
 from mailgrpc.db.engine import Database
+from mailgrpc.db.handover import read_handed, read_running
 from mailgrpc.db.messages import STATUSES, bounds
 
 MESSAGES = 30_000
@@ -55,10 +56,16 @@ class Explained(Database):
     blocks = 0
 
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
-        rows = await super().write(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", *args)
+        self._note(await super().write(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", *args))
+        return []
+
+    async def fetch(self, sql: str, *args: Any) -> list[asyncpg.Record]:
+        self._note(await super().fetch(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", *args))
+        return []
+
+    def _note(self, rows: list[asyncpg.Record]) -> None:
         plan = rows[0][0][0]["Plan"]
         self.blocks = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
-        return []
 
 
 async def test_recording_an_old_and_a_new_result_reads_nothing_of_what_lies_between(
@@ -86,6 +93,36 @@ async def test_recording_an_old_and_a_new_result_reads_nothing_of_what_lies_betw
     await record_outcomes(explained, 0, [second, last_but_one])
     await explained.close()
     assert 0 < explained.blocks < 250  # the attempts alone are some 500
+
+
+async def test_reading_what_was_handed_over_touches_nothing_else(
+    db: Database, database_url: str
+) -> None:
+    await db.write(FILL, MESSAGES)
+    await db.write(FILL_DELIVERIES, MESSAGES)
+    await db.write(
+        """UPDATE deliveries SET state = 2, attempt_id = id, call_id = id, attempt_started_at = now()
+           WHERE recipient ~ '^u.?00@'"""
+    )
+    await db.write(
+        """INSERT INTO due SELECT id, channel, 1, priority, now(), 7, 1, 0 FROM deliveries
+           WHERE state = 2"""
+    )
+    for table in ("messages", "deliveries", "due"):
+        await db.write(f"ANALYZE {table}")
+    running = [
+        (r["id"], r["id"]) for r in await db.fetch("SELECT id FROM deliveries WHERE state = 2")
+    ]
+    assert len(await read_handed(db, 7, running)) == len(running) == 9
+    assert len(await read_running(db, 7, "default", 0.0)) == 9
+    explained = Explained(database_url, pool_size=1)
+    await read_handed(explained, 7, running)  # reads the catalogue too
+    await read_handed(explained, 7, running)
+    assert 0 < explained.blocks < 9 * 15
+    await read_running(explained, 7, "default", 0.0)
+    await read_running(explained, 7, "default", 0.0)
+    assert 0 < explained.blocks < 9 * 15
+    await explained.close()
 
 
 async def test_clear_beside_the_sweeper_leaves_no_row_in_the_queue(
