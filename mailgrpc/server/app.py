@@ -207,8 +207,8 @@ class MailServer:
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._intake.drain(), max(0.0, ends_at - clock()))
-        await self._credits.stop()
         await self._feed.stop()
+        await self._credits.stop()
         for provider in self._channels.values():
             await provider.close()
         await self._doorbell.close()

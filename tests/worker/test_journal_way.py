@@ -106,10 +106,10 @@ async def test_after_an_outage_results_are_recorded_before_anything_is_claimed(
         order = [
             name
             for sql in lossy.asked
-            for name in ("UPDATE workers SET beat", "record_outcomes", "claim_due")
+            for name in ("begin_epoch", "record_outcomes", "claim_due")
             if name in sql
         ]
-        assert order[:3] == ["UPDATE workers SET beat", "record_outcomes", "claim_due"]
+        assert order[:3] == ["begin_epoch", "record_outcomes", "claim_due"]
         await part.recorded()
 
 
