@@ -1,9 +1,9 @@
 """The doorbell: hints over Redis that there is something to do. Never the truth.
 
-It also lends its connection to the handing over of mail (`ask`, handover.py). Two hints share it. `ring` says "deliveries may be due" to the workers; `hint_feed` says "events
-may be new" to the servers. Losing any of them costs time, never mail: workers sweep and servers
-poll PostgreSQL by themselves. So nothing here raises; Redis away is logged once, and once more
-when it is back.
+Two hints share it. `ring` says "deliveries may be due" to the workers; `hint_feed` says "events may be
+new" to the servers. Losing any of them costs time, never mail: workers sweep and servers poll PostgreSQL
+by themselves. So nothing here raises; Redis away is logged once, and once more when it is back. It also
+lends its connection to the handing over of mail (`ask`, handover.py).
 
 A ring is two things. A push on a list that idle workers block on, which is heard at once; and an
 arq job `drain`, for workers run by arq's own command and so that what is queued is visible in

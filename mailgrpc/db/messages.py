@@ -107,9 +107,7 @@ async def insert_messages(
         for index, m in enumerate(new, 1)
         for number, (r, dedupe_key) in enumerate(_recipients(m.submission), 1)
     ]
-    started = (
-        (start.session_id, start.epoch, start.channel, start.attempts) if start is not None else ()
-    )
+    started = (start.session_id, start.epoch, start.channel, start.attempts) if start else ()
     rows = await db.write(
         _ENQUEUE_AND_START if started else _ENQUEUE,
         lane,

@@ -3,9 +3,9 @@
 Promises. Only what a committed start or `read_handed` returned is sent: where no more is due than was
 claimed, servers are given credit (credits.py), with which they start mail themselves. SEND_ONCE
 deliveries are started in groups no larger than the free slots on the wire, so that a crash leaves few
-in doubt; RETRYING ones may be started ahead of the wire. A message that breaks the code fails alone (call.py); one that breaks
-the process is claimed alone from the third time on, and given up at the sixth. One slow channel
-holds no other's slots, because each has its own loop and its own provider.
+in doubt; RETRYING ones may be started ahead of the wire. A message that breaks the code fails alone
+(call.py); one that breaks the process is claimed alone from the third time on, and given up at the
+sixth. One slow channel holds no other's slots, because each has its own loop and its own provider.
 
 Nothing is claimed or started by a session that was not heard in time, without a place in the
 journal for every result, or while the channel pauses (breaker.py). After that pause one delivery
