@@ -11,9 +11,9 @@ Nothing is claimed or started by a session that was not heard in time, without a
 journal for every result, or while the channel pauses (breaker.py). After that pause one delivery
 is claimed, as its probe, and its result awaited.
 
-While the last of a full claim is being started, the next claim is made and its contents are read: with
-a backlog the worker would otherwise wait for PostgreSQL three times a batch. What was claimed ahead is
-put back where it cannot be started after all.
+When less than half of a full claim is left to be started, the next claim is made and its contents are
+read: with a backlog the worker would otherwise wait for PostgreSQL three times a batch. What was claimed
+ahead is put back where it cannot be started after all.
 
 The loop is woken by a flag that is cleared *before* the claim: a ring that comes during the claim
 is not lost, it makes one more claim. Rings come from the doorbell, from the sweeper every second,
@@ -291,7 +291,8 @@ class Drain:
         probes: list[asyncio.Future[None]] = []
         try:
             while waiting and (groups := await self._next_batch(waiting, is_probe)):
-                if batch.is_full and not waiting and not is_probe:
+                is_nearly_started = len(waiting) <= CLAIM_DELIVERIES // 2
+                if batch.is_full and is_nearly_started and not (is_probe or self._ahead):
                     claim = self._claim(session_id, CLAIM_DELIVERIES)
                     self._ahead = asyncio.create_task(claim)
                     self._ahead.add_done_callback(_heard)

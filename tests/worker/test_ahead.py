@@ -46,6 +46,23 @@ async def test_the_next_claim_is_made_while_the_last_is_started(
     assert await store.due_rows() == 0
 
 
+async def test_the_next_claim_is_made_when_half_of_the_last_is_started(
+    db: Database, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mailgrpc.worker.wire.STARTED_AHEAD", CLAIM // 2 - 1)
+    provider = Gate()
+    async with Part(db, clock, provider, concurrency=1) as part:
+        await put(store, 10)
+        draining = asyncio.create_task(part.drain.drain_once())
+        await store.until(f"SELECT ({STARTED}) = {CLAIM // 2}")
+        await store.until(f"SELECT ({CLAIMED}) = {2 * CLAIM}")
+        assert await store.value(STARTED) == CLAIM // 2
+        provider.open()
+        await draining
+        await part.work()
+        assert Counter(part.outbox) == Counter(f"a{n}@example.com" for n in range(10))
+
+
 async def test_a_channel_that_pauses_puts_back_what_was_claimed_ahead(
     db: Database, store: Store, clock: Clock
 ) -> None:

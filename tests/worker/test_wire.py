@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
+import pytest
 
 from mailgrpc.core.delivery import Result, State
+from mailgrpc.db.deliveries import Started
 from mailgrpc.db.engine import Database
 from mailgrpc.providers.capture import CaptureProvider
 from mailgrpc.providers.provider import SendCall
+from mailgrpc.worker import drain, wire
 from tests.worker.rig import Clock, Part, Store
 
 
@@ -39,3 +44,24 @@ async def test_a_slot_that_is_cancelled_by_a_provider_goes_on_with_the_line(
     assert sorted(states) == [State.DEFERRED, State.SENT, State.SENT, State.SENT]
     hit = messages[states.index(State.DEFERRED)]
     assert (await store.delivery(hit)).possibly_sent  # nobody knows
+
+
+async def test_a_provider_that_never_waits_is_not_asked_for_all_before_the_next_start(
+    db: Database, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it works off what was started, the next start is on its way."""
+    left: list[int] = []
+    start = drain.start_deliveries
+
+    async def noted(*args: Any, **named: Any) -> list[Started]:
+        left.append(part.drain._wire.calls)
+        return await start(*args, **named)
+
+    monkeypatch.setattr(drain, "start_deliveries", noted)
+    monkeypatch.setattr(wire, "STARTED_AHEAD", 20)
+    await store.put_many([[f"a{n}@example.com"] for n in range(40)])
+    async with Part(db, clock, CaptureProvider(), concurrency=2) as part:
+        await part.work()
+        assert len(part.outbox) == 40
+    assert left[0] == 0
+    assert left[1] >= 6
