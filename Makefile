@@ -1,5 +1,6 @@
-# Python 3.11+ and make are all that these need; the environment is .venv.
-PYTHON ?= python3
+# Python 3.11+ and make are all that these need; the environment is .venv. PYTHON=… says which Python;
+# otherwise it is the fastest one found.
+PYTHON ?=
 PY := .venv/bin/python
 BUF := tools/buf/node_modules/.bin/buf
 # Bytecode and caches belong to whoever runs it; nothing of the caller's Python leaks in.
@@ -76,10 +77,7 @@ install:
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	    { echo "mailgrpc needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) -m venv .venv || \
-	    { rm -rf .venv; echo "python's venv module is missing (Debian: python3-venv)"; exit 1; }
+	@sh scripts/venv.sh $(PYTHON)
 
 $(BUF): tools/buf/package-lock.json
 	@command -v npm >/dev/null || { echo "make check needs npm, for buf"; exit 1; }
