@@ -196,33 +196,39 @@ async def record_outcomes(db: Database, lane: int, recorded: Sequence[Recorded])
 
     Running it again after AmbiguousCommit is harmless: what an attempt knows already moves nothing.
     """
-    results = [r.result for r in recorded]
     await db.write(
-        "SELECT record_outcomes($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,"
-        "$17,$18,$19,$20,$21,$22,$23)",
+        "SELECT record_outcomes($1, $2, $3)",
         lane,
-        [r.delivery_id for r in recorded],
-        [r.attempt_id for r in recorded],
-        [r.number for r in recorded],
-        [r.call_id for r in recorded],
-        [r.channel for r in recorded],
-        [r.provider for r in recorded],
-        [r.started_at for r in recorded],
-        [r.ended_at for r in recorded],
-        [r.outcome for r in results],
-        [r.cause for r in results],
-        [r.status_code for r in results],
-        [r.enhanced_code for r in results],
-        [r.text for r in results],
-        [r.provider_message_id for r in results],
-        [_milliseconds(r) for r in results],
-        [r.step.state for r in recorded],
-        [r.step.possibly_sent for r in recorded],
-        [r.step.due_at for r in recorded],
-        [r.step.wait_reason for r in recorded],
-        [r.step.spares for r in recorded],
-        [LATE_PROOF.get(r.outcome) for r in results],
+        [_result_row(r) for r in recorded],
         list(WITHOUT_PROOF),
+    )
+
+
+def _result_row(recorded: Recorded) -> tuple[Any, ...]:
+    """A result as the type `attempt_result` has it."""
+    result, step = recorded.result, recorded.step
+    return (
+        recorded.delivery_id,
+        recorded.attempt_id,
+        recorded.number,
+        recorded.call_id,
+        recorded.channel,
+        recorded.provider,
+        recorded.started_at,
+        recorded.ended_at,
+        result.outcome,
+        result.cause,
+        result.status_code,
+        result.enhanced_code,
+        result.text,
+        result.provider_message_id,
+        _milliseconds(result),
+        step.state,
+        step.possibly_sent,
+        step.due_at,
+        step.wait_reason,
+        step.spares,
+        LATE_PROOF.get(result.outcome),
     )
 
 

@@ -59,6 +59,32 @@ def ids_of(new: Sequence[NewMessage]) -> list[uuid.UUID]:
     return [delivery_id(m.message_id, 1) for m in new]
 
 
+class DatabaseBefore(Database):
+    """As of servers and workers before 0007: they call the functions with a column of each field."""
+
+    async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
+        if "enqueue_messages" in sql:
+            lane, rule, messages, deliveries, *files = args[:7]
+            first, second = _columns(messages, 4)
+            args = (lane, *first, rule, *second, *files, *_columns(deliveries, 0)[1])
+            sql = f"SELECT * FROM enqueue_messages({_parameters(args)})"
+        elif "record_outcomes" in sql:
+            lane, results, without_proof = args
+            args = (lane, *_columns(results, 0)[1], without_proof)
+            sql = f"SELECT record_outcomes({_parameters(args)})"
+        return await super().write(sql, *args)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], at: int) -> tuple[list[Any], list[Any]]:
+    """The columns of these rows, before and from one of them."""
+    columns = list(zip(*rows, strict=True))
+    return columns[:at], columns[at:]
+
+
+def _parameters(args: Sequence[Any]) -> str:
+    return ", ".join(f"${n}" for n in range(1, len(args) + 1))
+
+
 class SenderBefore(Sender):
     """Of schema 0002."""
 
@@ -98,7 +124,7 @@ async def where(db: Database, table: str = "messages") -> dict[str, int]:
 
 async def test_what_is_stored_stays_through_the_migration(empty_database_url: str) -> None:
     await asyncio.to_thread(migrate, empty_database_url, "0002")
-    db = Database(empty_database_url, pool_size=2)
+    db = DatabaseBefore(empty_database_url, pool_size=2)
     now = datetime.now(UTC)
     waiting, sent, ahead = (made_at(m) for m in (now, now - 40 * DAY, now + 40 * DAY))
     await insert_messages(db, 0, [sent, ahead])
@@ -126,7 +152,7 @@ async def test_a_retry_of_what_is_known_to_be_accepted_is_dropped_by_the_migrati
     empty_database_url: str,
 ) -> None:
     await asyncio.to_thread(migrate, empty_database_url, "0003")
-    db = Database(empty_database_url, pool_size=2)
+    db = DatabaseBefore(empty_database_url, pool_size=2)
     known, unknown = (made_at(datetime.now(UTC)) for _ in range(2))
     await insert_messages(db, 0, [known, unknown])
     await db.write(
@@ -156,7 +182,7 @@ async def test_a_retry_of_what_is_known_to_be_accepted_is_dropped_by_the_migrati
 async def test_connections_from_before_the_migration_go_on(empty_database_url: str) -> None:
     """They have plans, and the functions as they were, in their memory."""
     await asyncio.to_thread(migrate, empty_database_url, "0002")
-    db = Database(empty_database_url, pool_size=1)
+    db = DatabaseBefore(empty_database_url, pool_size=1)
     for _ in range(8):
         await insert_messages(db, 0, [message := made_at(datetime.now(UTC))])
         await send(db, [message], SenderBefore)
