@@ -27,6 +27,7 @@ FAILPOINTS: Mapping[str, str] = {
     "intake.insert": "a flush is about to be stored",
     "intake.inserted": "a flush is committed, nobody has been answered",
     "intake.rung": "a flush is committed and rung for, nobody has been answered",
+    "credits.stored": "mail is committed as started by a worker, which has not been told of it",
     "credits.told": "a worker is told what it is to send, and has not read it",
     "drain.claimed": "a batch is leased, nothing of it is started",
     "drain.start": "the start is about to be committed",

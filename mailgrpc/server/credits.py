@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mailgrpc import failpoints
 from mailgrpc.core.delivery import Mode
 from mailgrpc.core.ids import delivery_id
 from mailgrpc.db.messages import Inserted, NewMessage, Start
@@ -95,6 +96,8 @@ class Credits:
                 unused.append(attempt)
             elif attempt is not None:
                 started.append((attempt, delivery_id(message.message_id, 1)))
+        if started:
+            failpoints.reach("credits.stored")
         self._tell(start.session_id, Notice(start.channel, start.epoch, started, unused))
         return None not in start.attempts
 

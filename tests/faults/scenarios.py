@@ -299,12 +299,13 @@ async def what_is_handed_over_survives_its_notice(world: World) -> None:
     server = await world.add("serve")
     await world.add("work")
     world.behave("sure")
-    for life in range(4):
+    lives = 4
+    for life in range(lives):
         await until_handed_over(world, f"whole-{life}")
         await server.kill()
-        await server.start("intake.inserted=kill@30")
+        await server.start("credits.stored=kill@3")
         with contextlib.suppress(grpc.aio.AioRpcError):
-            await put_one_by_one(world, 100, f"lost-{life}")
+            await until_handed_over(world, f"lost-{life}")
         await server.start()
         await world.tell_valkey("FLUSHALL")
         await put_one_by_one(world, 50, f"flushed-{life}")
@@ -313,8 +314,8 @@ async def what_is_handed_over_survives_its_notice(world: World) -> None:
     assert {b.state for b in boxes} == {State.SENT}, Counter(b.state for b in boxes)
     assert not any(b.possibly_sent for b in boxes)
     [[handed]] = await sql(world, _HANDED_OVER)
-    lost = await sql(world, f"SELECT FROM attempts WHERE cause = {Cause.WORKER_LOST}")
-    assert lost, "no notice was lost"
+    taken_back = await sql(world, f"SELECT FROM attempts WHERE cause = {Cause.WORKER_LOST}")
+    assert len(taken_back) >= lives, f"{len(taken_back)} taken back, of {lives} and more"
     waits = await sql(
         world,
         f"""SELECT extract(epoch FROM e.occurred_at - m.created_at)::float8 AS waited
@@ -322,7 +323,9 @@ async def what_is_handed_over_survives_its_notice(world: World) -> None:
     )
     longest = max(w["waited"] for w in waits)
     assert longest < 2.5, f"sent {longest:.2f} s after it was acknowledged"
-    print(f"{handed} handed over, {len(lost)} notices lost, the longest wait {longest:.2f} s")
+    print(
+        f"{handed} handed over, {len(taken_back)} left without a notice, the longest wait {longest:.2f} s"
+    )
 
 
 @contextlib.asynccontextmanager
