@@ -37,31 +37,23 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from mailgrpc import failpoints
 from mailgrpc.core.ids import new_id
-from mailgrpc.db.deliveries import (
-    Started,
-    Starting,
-    claim_due,
-    drop_bereft,
-    release_claims,
-    start_deliveries,
-)
+from mailgrpc.db.deliveries import Started, Starting, start_deliveries
 from mailgrpc.db.engine import AmbiguousCommit, Database, SessionEnded, SessionGivenUp
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.errors import StoreUnavailable
 from mailgrpc.handover import Handover
 from mailgrpc.providers.provider import Provider
 from mailgrpc.worker.breaker import Breaker
-from mailgrpc.worker.call import Group, group_claims
+from mailgrpc.worker.call import Group
+from mailgrpc.worker.claimer import Batch, Claimer
 from mailgrpc.worker.credits import Credits
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
@@ -71,21 +63,10 @@ from mailgrpc.worker.wire import Wire
 
 log = logging.getLogger(__name__)
 
-CLAIM_DELIVERIES = 200
 _IDLE_S = 60.0  # the sweeper rings long before
-_SOON_S = 0.005
 _RETRY_S = 0.5
 _RETRY_MAX_S = 30.0
 _REFUSALS = 20  # of a start in doubt, until its session is left to the reaper
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What one claim has leased, grouped and read. `is_full`: there may be more."""
-
-    session_id: int
-    groups: deque[Group]
-    is_full: bool
 
 
 class Drain:
@@ -109,7 +90,6 @@ class Drain:
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        self._has_others = has_others
         self.channel = channel
         self._database = database
         self._session = session
@@ -117,7 +97,6 @@ class Drain:
         self._doorbell = doorbell
         self._outage = outage
         self._journal = journal
-        self._group_max = provider.group_max
         self._lane = lane
         self.breaker = Breaker(channel, on_close=self.wake)
         self._wire = Wire(
@@ -128,6 +107,14 @@ class Drain:
             channel=channel,
             concurrency=concurrency,
             rng=rng or random.Random(),
+        )
+        self._claimer = Claimer(
+            database,
+            doorbell,
+            outage,
+            channel=channel,
+            group_max=provider.group_max,
+            has_others=has_others,
         )
         self._handover = handover or Handover(doorbell)
         self.credits = Credits(
@@ -145,11 +132,6 @@ class Drain:
         )
         self._wire.on_freed = self._note_end
         self._wake = asyncio.Event()
-        self._after_project = 0
-        self._epoch = 0  # sessions.py: counts what was given back because its fate was not known
-        self._claims_astray = False
-        self._suspect: uuid.UUID | None = None  # passed over by the last claim
-        self._ahead: asyncio.Task[_Batch | float] | None = None  # the next claim
         self._ended_id: int | None = None  # a session that was told to have ended
         self._is_behind = True  # there may be results from before that are not recorded
         self._retry_s = _RETRY_S
@@ -167,7 +149,7 @@ class Drain:
 
     def _begin_anew(self) -> None:
         """Credits do not come back: what was started with them is found once a new epoch began."""
-        self._claims_astray = True
+        self._claimer.is_astray = True
         self.wake()
 
     def stop_claiming(self) -> None:
@@ -189,15 +171,14 @@ class Drain:
                         async with asyncio.timeout(min(idle_s, _IDLE_S)):
                             await self._wake.wait()
             with contextlib.suppress(Exception):  # what we hold is given back with our session
-                await self._put_back_ahead()
+                await self._claimer.put_back_ahead()
             with contextlib.suppress(Exception):  # what was handed over is left to the reaper
                 if self.credits.are_open:
                     await self._handover.leave(self._session.session_id)
-                    self._claims_astray = True
+                    self._claimer.is_astray = True
                     await self._give_back_astray()
         finally:
-            if self._ahead is not None:
-                self._ahead.cancel()  # our end must not wait for the store: the session gives it back
+            self._claimer.abandon()
 
     async def burst(self) -> None:
         """Send all that is due now, and see it recorded. Raises StoreUnavailable, SessionEnded."""
@@ -207,7 +188,7 @@ class Drain:
                 return
             await self.settle()
             await self._recorder.drain()
-        await self._put_back_ahead()
+        await self._claimer.put_back_ahead()
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
@@ -223,7 +204,7 @@ class Drain:
         session_id = self._session.session_id
         try:
             if self._ended_id is not None:
-                await self._drop_ahead()  # its session is over, and with it the lease
+                await self._claimer.drop_ahead()  # its session is over, and with it the lease
                 self.credits.withdraw()
                 await self._session.renew(self._ended_id)
                 self._ended_id, session_id = None, self._session.session_id
@@ -241,11 +222,11 @@ class Drain:
         except SessionEnded:
             self._ended_id = session_id
         except StoreUnavailable as error:
-            self._claims_astray = self._is_behind = True
+            self._claimer.is_astray = self._is_behind = True
             self._outage.met(error)
             await asyncio.sleep(_RETRY_S)
         except Exception:
-            self._claims_astray = True
+            self._claimer.is_astray = True
             log.exception("draining channel %s failed; it goes on", self.channel)
             await asyncio.sleep(self._retry_s)
             self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
@@ -255,138 +236,64 @@ class Drain:
         return None
 
     async def _give_back_astray(self) -> None:
-        if self._claims_astray:
-            await self._drop_ahead()
+        if self._claimer.is_astray:
+            await self._claimer.drop_ahead()
             self.credits.forbid()
             self.credits.withdraw()
-            self._epoch += 1
+            self._claimer.epoch += 1
             session_id = self._session.session_id
-            self._claims_astray = False
+            self._claimer.is_astray = False
             try:
-                await self._session.give_back(session_id, self.channel, self._epoch)
+                await self._session.give_back(session_id, self.channel, self._claimer.epoch)
                 await self.credits.take_back(session_id)
             except BaseException:
-                self._claims_astray = True
+                self._claimer.is_astray = True
                 raise
 
     async def drain_once(self) -> float | None:
         """Claim one batch and see all of it started. None: look again at once; else seconds."""
         if (pause_s := self.breaker.wait_s) or self._journal.trouble:
             self.credits.forbid()
-            await self._put_back_ahead()
+            await self._claimer.put_back_ahead()
             return pause_s or _RETRY_S
         is_probe = not self.breaker.is_closed
         session_id = self._session.session_id
         self._check_heard(session_id)
         if is_probe:
-            await self._put_back_ahead()
-        batch = await self._next_claim(session_id, 1 if is_probe else CLAIM_DELIVERIES)
-        if is_probe or self._stopping or (isinstance(batch, _Batch) and batch.is_full):
+            await self._claimer.put_back_ahead()
+        batch = await self._claimer.next(session_id, one=is_probe)
+        if is_probe or self._stopping or (isinstance(batch, Batch) and batch.is_full):
             self.credits.forbid()
         else:
-            self.credits.allow(session_id, self._epoch)
-        if not isinstance(batch, _Batch):
+            self.credits.allow(session_id, self._claimer.epoch)
+        if not isinstance(batch, Batch):
             return batch
         waiting = batch.groups
         probes: list[asyncio.Future[None]] = []
         try:
             while waiting and (groups := await self._next_batch(waiting, is_probe)):
-                is_nearly_started = len(waiting) <= CLAIM_DELIVERIES // 2
-                if batch.is_full and is_nearly_started and not (is_probe or self._ahead):
-                    claim = self._claim(session_id, CLAIM_DELIVERIES)
-                    self._ahead = asyncio.create_task(claim)
-                    self._ahead.add_done_callback(_heard)
+                if batch.calls_for_next and not is_probe:
+                    self._claimer.claim_ahead(session_id)
                 probes += await self._start(session_id, groups, is_probe)
         except asyncio.CancelledError:
             waiting.clear()  # our end must not wait for the store: the session gives all back
             raise
         finally:
-            await self._release(session_id, _ids(waiting))
+            await self._claimer.release(session_id, waiting)
         if probes:
             await asyncio.wait(probes)
         return None
-
-    async def _next_claim(self, session_id: int, most: int) -> _Batch | float:
-        """The claim that was made ahead, or else a new one."""
-        ahead = await self._taken_ahead()
-        # Another channel may have met the end of our session, and begun a new one.
-        if ahead is not None and ahead.groups and ahead.session_id == session_id:
-            return ahead
-        # One that found nothing says nothing: whoever rang since was heard before this pass.
-        return await self._claim(session_id, most)
-
-    async def _claim(self, session_id: int, most: int) -> _Batch | float:
-        """Claim, group and read; or when something will be due, in seconds. One at a time."""
-        claims = await claim_due(
-            self._database,
-            session_id,
-            self.channel,
-            most,
-            self._after_project,
-            epoch=self._epoch,
-            suspect=self._suspect,
-        )
-        self._suspect = claims.suspect
-        self._outage.over()
-        failpoints.reach("drain.claimed")
-        claimed = claims.claimed
-        if not claimed:
-            return math.inf if claims.next_due_in_s is None else max(claims.next_due_in_s, _SOON_S)
-        self._after_project = claimed[-1].project_id
-        is_full = len(claimed) >= CLAIM_DELIVERIES
-        if is_full and self._has_others():
-            self._doorbell.ring()  # there is more: wakes the next worker
-        groups = deque(await group_claims(self._database, claimed, self._group_max))
-        grouped = set(_ids(groups))
-        await self._leave_out(
-            session_id, [c.delivery_id for c in claimed if c.delivery_id not in grouped]
-        )
-        return _Batch(session_id, groups, is_full)
-
-    async def _taken_ahead(self) -> _Batch | None:
-        """What was claimed ahead, which is nobody's after that. Raises what its claim met."""
-        if self._ahead is None:
-            return None
-        ahead, self._ahead = self._ahead, None
-        batch = await ahead
-        return batch if isinstance(batch, _Batch) else None
-
-    async def _put_back_ahead(self) -> None:
-        """Give back what was claimed ahead: it cannot be started now. Raises what its claim met."""
-        if (batch := await self._taken_ahead()) is not None:
-            await self._release(batch.session_id, _ids(batch.groups))
-
-    async def _drop_ahead(self) -> None:
-        """Forget what was claimed ahead: whoever calls gives back all that was claimed."""
-        with contextlib.suppress(Exception):
-            await self._taken_ahead()
 
     def _check_heard(self, session_id: int) -> None:
         """Raise StoreUnavailable where the last look would say no to whatever we started."""
         if not self._session.may_send(session_id):
             raise StoreUnavailable("no beat of this worker session was answered in time")
 
-    async def _leave_out(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
-        """Drop what was cleared, which would be claimed for ever, and give back the others."""
-        if not delivery_ids:
-            return
-        try:
-            await drop_bereft(self._database, session_id, delivery_ids)
-        except StoreUnavailable:
-            self._claims_astray = True
-        await self._release(session_id, delivery_ids)
-
-    async def _release(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
-        if not delivery_ids:
-            return
-        try:
-            await release_claims(self._database, session_id, delivery_ids)
-        except StoreUnavailable:
-            self._claims_astray = True
-
     async def _next_batch(self, waiting: deque[Group], is_probe: bool) -> list[Group]:
         """The next groups to start together, when there is room for them; none: stop."""
-        while not (self._stopping or self._claims_astray) and (is_probe or self.breaker.is_closed):
+        while not (self._stopping or self._claimer.is_astray) and (
+            is_probe or self.breaker.is_closed
+        ):
             self._wire.freed.clear()
             room = self._wire.room(waiting[0].mode)
             if batch := _take(waiting, room, self._journal.room):
@@ -438,7 +345,7 @@ class Drain:
             failpoints.reach("drain.start")
             try:
                 started = await start_deliveries(
-                    self._database, session_id, self._lane, starting, epoch=self._epoch
+                    self._database, session_id, self._lane, starting, epoch=self._claimer.epoch
                 )
                 if in_doubt:  # what is found done may not be on the standby yet
                     await self._database.confirm()
@@ -457,19 +364,9 @@ class Drain:
                     raise SessionGivenUp("a start in doubt is refused for good") from error
             else:
                 # Its first try may still be on the way, and must not find these rows claimed anew.
-                self._claims_astray = self._claims_astray or in_doubt
+                self._claimer.is_astray = self._claimer.is_astray or in_doubt
                 return started
             await asyncio.sleep(_RETRY_S)
-
-
-def _heard(claim: asyncio.Task[_Batch | float]) -> None:
-    """Who waits for it is told what it met; at our end nobody waits."""
-    if not claim.cancelled():
-        claim.exception()
-
-
-def _ids(groups: Iterable[Group]) -> list[uuid.UUID]:
-    return [delivery_id for group in groups for delivery_id in group.delivery_ids]
 
 
 def _take(waiting: deque[Group], groups: int, deliveries: int) -> list[Group]:

@@ -19,7 +19,7 @@ STARTED = "SELECT count(*) FROM deliveries WHERE state = 2"
 
 @pytest.fixture(autouse=True)
 def small_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mailgrpc.worker.drain.CLAIM_DELIVERIES", CLAIM)
+    monkeypatch.setattr("mailgrpc.worker.claimer.CLAIM_DELIVERIES", CLAIM)
 
 
 async def put(store: Store, count: int) -> None:
@@ -105,7 +105,7 @@ async def test_a_claim_ahead_whose_answer_is_lost_keeps_nothing(
         await store.until("SELECT count(*) = 10 FROM deliveries WHERE state = 4", part.drain.wake)
         part.drain.stop_claiming()
         await draining
-        assert part.drain._epoch == 1  # all that was claimed and not started was given back
+        assert part.drain._claimer.epoch == 1  # all that was claimed and not started was given back
         assert Counter(part.outbox) == Counter(f"a{n}@example.com" for n in range(10))
 
 
@@ -116,7 +116,7 @@ async def test_what_becomes_due_after_a_claim_ahead_found_nothing_is_claimed_at_
     provider = Gate()
     async with Part(db, clock, provider) as part:
         await part.drain.drain_once()
-        await part.drain._ahead  # it finds nothing
+        await part.drain._claimer._ahead  # it finds nothing
         late = await store.put("late@example.com")
         await part.drain.drain_once()
         assert await store.state(late) is State.SENDING

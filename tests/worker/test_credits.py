@@ -330,7 +330,7 @@ async def test_no_credit_is_given_while_more_is_due_than_is_claimed(
     store: Store,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mailgrpc.worker.drain.CLAIM_DELIVERIES", 2)
+    monkeypatch.setattr("mailgrpc.worker.claimer.CLAIM_DELIVERIES", 2)
     async with Part(lossy, clock, redis_url=redis_url) as part:
         part.drain.credits.are_heard = True
         part.drain.credits.note_mail()

@@ -100,7 +100,7 @@ async def test_a_batch_that_failed_between_claim_and_start_is_given_back(
     await store.put_many([["a@example.com"]] * 3)
     async with Part(lossy, clock) as part:
         with monkeypatch.context() as broken:
-            broken.setattr("mailgrpc.worker.drain.group_claims", _raise)
+            broken.setattr("mailgrpc.worker.claimer.group_claims", _raise)
             await part.drain._guarded_pass()
         assert await store.value("SELECT count(session_id) FROM due") == 3
         await part.drain._guarded_pass()
