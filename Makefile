@@ -1,5 +1,5 @@
-# Python 3.11+ and make are all that these need; the environment is .venv. PYTHON=… says which Python;
-# otherwise it is the fastest one found.
+# Python 3.11+ and make are all that these need; the environment is .venv. PYTHON=… says which Python it is
+# made with (a program, without arguments); otherwise scripts/venv.sh chooses.
 PYTHON ?=
 PY := .venv/bin/python
 BUF := tools/buf/node_modules/.bin/buf
@@ -77,7 +77,7 @@ install:
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 .venv/bin/python:
-	@sh scripts/venv.sh $(PYTHON)
+	@sh scripts/venv.sh "$(PYTHON)"
 
 $(BUF): tools/buf/package-lock.json
 	@command -v npm >/dev/null || { echo "make check needs npm, for buf"; exit 1; }

@@ -118,7 +118,7 @@ async def insert_messages(
     )
 
 
-_NO_START = (0, 0, "", ())
+_NO_START = (0, 0, "", ())  # nothing is started: see enqueue_messages
 
 
 def _message_row(new: NewMessage) -> tuple[Any, ...]:

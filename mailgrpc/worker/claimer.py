@@ -4,8 +4,8 @@ Promises. What is claimed is started, or put back, or goes with the session. Whe
 `is_astray` says so, and the drain gives back everything of the channel that was not started, under a
 new epoch (drain.py).
 
-One claim is made at a time. The next may be made ahead, while the last is being started: with a backlog
-the worker would otherwise wait for PostgreSQL three times a batch.
+One claim is made at a time. The next may be made ahead, before the last is started: with a backlog the
+worker would otherwise wait for PostgreSQL three times a batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def calls_for_next(self) -> bool:
-        """Whether the next claim is wanted: there may be more, and half of these are gone."""
+        """Whether the next claim is wanted: there may be more, and what is left is soon started."""
         return self.is_full and len(self.groups) <= CLAIM_DELIVERIES // 2
 
 
@@ -66,19 +66,19 @@ class Claimer:
         self.epoch = 0
         """Counts what was given back because its fate was not known (sessions.py)."""
         self.is_astray = False
-        """Whether rows may be leased to us that we do not know of."""
+        """Whether rows may stand in our name that we do not know of."""
         self._after_project = 0
         self._suspect: uuid.UUID | None = None  # passed over by the last claim
-        self._ahead: asyncio.Task[Batch | float] | None = None  # the next claim
+        self._ahead: tuple[int, asyncio.Task[Batch | float]] | None = (
+            None  # session; the next claim
+        )
 
     async def next(self, session_id: int, *, one: bool = False) -> Batch | float:
         """The claim that was made ahead, or else a new one; or when something will be due, in seconds.
 
         `one` delivery only: nothing must have been claimed ahead. Raises StoreUnavailable, SessionEnded.
         """
-        ahead = await self._taken_ahead()
-        # Another channel may have met the end of our session, and begun a new one.
-        if ahead is not None and ahead.groups and ahead.session_id == session_id:
+        if (ahead := await self._taken_ahead(session_id)) is not None and ahead.groups:
             return ahead
         # One that found nothing says nothing: whoever rang since was heard before this pass.
         return await self._claim(session_id, 1 if one else CLAIM_DELIVERIES)
@@ -86,23 +86,36 @@ class Claimer:
     def claim_ahead(self, session_id: int) -> None:
         """Begin to make the next claim, unless that was done."""
         if self._ahead is None:
-            self._ahead = asyncio.create_task(self._claim(session_id, CLAIM_DELIVERIES))
-            self._ahead.add_done_callback(_heard)
+            claim = asyncio.create_task(self._claim(session_id, CLAIM_DELIVERIES))
+            claim.add_done_callback(_heard)
+            self._ahead = (session_id, claim)
 
-    async def put_back_ahead(self) -> None:
+    async def put_back_ahead(self, session_id: int) -> None:
         """Give back what was claimed ahead: it cannot be started now. Raises what its claim met."""
-        if (batch := await self._taken_ahead()) is not None:
-            await self.release(batch.session_id, batch.groups)
+        if (batch := await self._taken_ahead(session_id)) is not None:
+            await self.release(session_id, batch.groups)
 
     async def drop_ahead(self) -> None:
         """Forget what was claimed ahead: whoever calls gives back all that was claimed."""
-        with contextlib.suppress(Exception):
-            await self._taken_ahead()
+        if self._ahead is not None:
+            (_, claim), self._ahead = self._ahead, None
+            with contextlib.suppress(Exception):
+                await claim
 
     def abandon(self) -> None:
         """Our end must not wait for the store: the session gives back what it holds."""
         if self._ahead is not None:
-            self._ahead.cancel()
+            self._ahead[1].cancel()
+
+    def lose_track(self) -> None:
+        """Something was claimed, or started, and nobody here knows what."""
+        self.is_astray = True
+
+    def begin_epoch(self) -> int:
+        """All that is astray is about to be given back; the epoch in which nothing of it can come."""
+        self.is_astray = False
+        self.epoch += 1
+        return self.epoch
 
     async def release(self, session_id: int, groups: Iterable[Group]) -> None:
         """Give back what was claimed and not started."""
@@ -136,12 +149,18 @@ class Claimer:
         )
         return Batch(session_id, groups, is_full)
 
-    async def _taken_ahead(self) -> Batch | None:
-        """What was claimed ahead, which is nobody's after that. Raises what its claim met."""
+    async def _taken_ahead(self, session_id: int) -> Batch | None:
+        """What was claimed ahead, which is nobody's after that. Raises what its claim met.
+
+        Another channel may have met the end of our session, and begun a new one: then the claim is
+        that one's affair, and so is what it met.
+        """
+        if self._ahead is not None and self._ahead[0] != session_id:
+            await self.drop_ahead()
         if self._ahead is None:
             return None
-        ahead, self._ahead = self._ahead, None
-        batch = await ahead
+        (_, claim), self._ahead = self._ahead, None
+        batch = await claim
         return batch if isinstance(batch, Batch) else None
 
     async def _leave_out(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
@@ -151,7 +170,7 @@ class Claimer:
         try:
             await drop_bereft(self._database, session_id, delivery_ids)
         except StoreUnavailable:
-            self.is_astray = True
+            self.lose_track()
         await self._release(session_id, delivery_ids)
 
     async def _release(self, session_id: int, delivery_ids: Sequence[uuid.UUID]) -> None:
@@ -160,7 +179,7 @@ class Claimer:
         try:
             await release_claims(self._database, session_id, delivery_ids)
         except StoreUnavailable:
-            self.is_astray = True
+            self.lose_track()
 
 
 def _heard(claim: asyncio.Task[Batch | float]) -> None:

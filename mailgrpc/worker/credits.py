@@ -34,6 +34,7 @@ from mailgrpc.errors import StoreUnavailable
 from mailgrpc.handover import MAIL_COMES_S, MISSING_S, RETRACT_S, Grant, Handover, Notice, Running
 from mailgrpc.worker.call import Group, broken
 from mailgrpc.worker.journal import Journal
+from mailgrpc.worker.pace import Pace
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
 from mailgrpc.worker.wire import Wire
@@ -44,10 +45,6 @@ CREDITS = 64
 """Of a grant, at the most."""
 _GRANTS = 4
 """Into so many what there is is divided, at the least: for several servers."""
-AHEAD = 448
-"""Credits beside those for the free slots, at the most: a flush may have 500 messages."""
-AHEAD_S = 0.5
-"""And no more than go out in this time: so long may wait what is urgent, or comes once."""
 STRAY_S = 60.0
 """After which whatever runs and is not expected is taken back; the look for it comes as often."""
 _REST_S = 5.0
@@ -81,6 +78,7 @@ class Credits:
         handover: Handover,
         journal: Journal,
         wire: Wire,
+        pace: Pace,
         *,
         channel: str,
         lane: int,
@@ -94,6 +92,7 @@ class Credits:
         self._handover = handover
         self._journal = journal
         self._wire = wire
+        self._pace = pace
         self._channel = channel
         self._lane = lane
         self._concurrency = concurrency
@@ -108,9 +107,7 @@ class Credits:
         self._strays_at = clock() + STRAY_S
         self._has_given = False  # in this session
         self._has_refused = False
-        self._missed_at = self._looked_at = clock()
-        self._rate = 0.0  # calls a second that ended, lately
-        self._ended = 0  # since the last look
+        self._missed_at = clock()
         self._told_of: OrderedDict[uuid.UUID, None] = OrderedDict()  # what may have been sent
         self._told_before: uuid.UUID | None = None  # the last that was forgotten of these
         self._told: list[Running] = []
@@ -142,14 +139,13 @@ class Credits:
 
     def note_end(self) -> None:
         """A call has ended: there may be room."""
-        self._ended += 1
         self.give()
 
     def give(self) -> None:
         """Give as many as there is room for, if that is allowed and mail comes in."""
         if not self._gives or self._clock() < self._rest_until:
             return
-        most = self._concurrency + int(min(AHEAD, self._rate * AHEAD_S))
+        most = self._concurrency + self._pace.ahead
         size = min(CREDITS, -(-most // _GRANTS))
         room = min(
             most - self._wire.calls - self._unread - len(self._open),
@@ -195,9 +191,7 @@ class Credits:
     def look(self) -> None:
         """Take back what no server took; say so when something does not come back. Now and then."""
         now = self._clock()
-        if (passed_s := now - self._looked_at) > 0:
-            self._rate += (self._ended / passed_s - self._rate) / 2
-            self._ended, self._looked_at = 0, now
+        self._pace.look()
         given = set(self._open.values())
         refused = self._has_refused and now - self._missed_at > REFUSED_S
         if refused or any(now - each.at > MISSING_S for each in given):

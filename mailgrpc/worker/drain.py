@@ -11,9 +11,9 @@ Nothing is claimed or started by a session that was not heard in time, without a
 journal for every result, or while the channel pauses (breaker.py). After that pause one delivery
 is claimed, as its probe, and its result awaited.
 
-When less than half of a full claim is left to be started, the next claim is made and its contents are
-read: with a backlog the worker would otherwise wait for PostgreSQL three times a batch. What was claimed
-ahead is put back where it cannot be started after all.
+With a backlog the next claim is made, and its contents are read, once no more than a hundred calls of the
+last are left to be started (claimer.py). What was claimed ahead is put back where it cannot be started after
+all.
 
 The loop is woken by a flag that is cleared *before* the claim: a ring that comes during the claim
 is not lost, it makes one more claim. Rings come from the doorbell, from the sweeper every second,
@@ -57,6 +57,7 @@ from mailgrpc.worker.claimer import Batch, Claimer
 from mailgrpc.worker.credits import Credits
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
+from mailgrpc.worker.pace import Pace
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import Session
 from mailgrpc.worker.wire import Wire
@@ -99,11 +100,13 @@ class Drain:
         self._journal = journal
         self._lane = lane
         self.breaker = Breaker(channel, on_close=self.wake)
+        pace = Pace(clock)
         self._wire = Wire(
             provider,
             recorder,
             journal,
             self.breaker,
+            pace,
             channel=channel,
             concurrency=concurrency,
             rng=rng or random.Random(),
@@ -124,6 +127,7 @@ class Drain:
             self._handover,
             journal,
             self._wire,
+            pace,
             channel=channel,
             concurrency=concurrency,
             lane=lane,
@@ -149,7 +153,7 @@ class Drain:
 
     def _begin_anew(self) -> None:
         """Credits do not come back: what was started with them is found once a new epoch began."""
-        self._claimer.is_astray = True
+        self._claimer.lose_track()
         self.wake()
 
     def stop_claiming(self) -> None:
@@ -171,11 +175,11 @@ class Drain:
                         async with asyncio.timeout(min(idle_s, _IDLE_S)):
                             await self._wake.wait()
             with contextlib.suppress(Exception):  # what we hold is given back with our session
-                await self._claimer.put_back_ahead()
+                await self._claimer.put_back_ahead(self._session.session_id)
             with contextlib.suppress(Exception):  # what was handed over is left to the reaper
                 if self.credits.are_open:
                     await self._handover.leave(self._session.session_id)
-                    self._claimer.is_astray = True
+                    self._claimer.lose_track()
                     await self._give_back_astray()
         finally:
             self._claimer.abandon()
@@ -188,7 +192,7 @@ class Drain:
                 return
             await self.settle()
             await self._recorder.drain()
-        await self._claimer.put_back_ahead()
+        await self._claimer.put_back_ahead(self._session.session_id)
 
     async def settle(self) -> None:
         """Return when nothing of this channel is on the wire."""
@@ -222,11 +226,12 @@ class Drain:
         except SessionEnded:
             self._ended_id = session_id
         except StoreUnavailable as error:
-            self._claimer.is_astray = self._is_behind = True
+            self._claimer.lose_track()
+            self._is_behind = True
             self._outage.met(error)
             await asyncio.sleep(_RETRY_S)
         except Exception:
-            self._claimer.is_astray = True
+            self._claimer.lose_track()
             log.exception("draining channel %s failed; it goes on", self.channel)
             await asyncio.sleep(self._retry_s)
             self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
@@ -240,27 +245,26 @@ class Drain:
             await self._claimer.drop_ahead()
             self.credits.forbid()
             self.credits.withdraw()
-            self._claimer.epoch += 1
             session_id = self._session.session_id
-            self._claimer.is_astray = False
+            epoch = self._claimer.begin_epoch()
             try:
-                await self._session.give_back(session_id, self.channel, self._claimer.epoch)
+                await self._session.give_back(session_id, self.channel, epoch)
                 await self.credits.take_back(session_id)
             except BaseException:
-                self._claimer.is_astray = True
+                self._claimer.lose_track()
                 raise
 
     async def drain_once(self) -> float | None:
         """Claim one batch and see all of it started. None: look again at once; else seconds."""
         if (pause_s := self.breaker.wait_s) or self._journal.trouble:
             self.credits.forbid()
-            await self._claimer.put_back_ahead()
+            await self._claimer.put_back_ahead(self._session.session_id)
             return pause_s or _RETRY_S
         is_probe = not self.breaker.is_closed
         session_id = self._session.session_id
         self._check_heard(session_id)
         if is_probe:
-            await self._claimer.put_back_ahead()
+            await self._claimer.put_back_ahead(session_id)
         batch = await self._claimer.next(session_id, one=is_probe)
         if is_probe or self._stopping or (isinstance(batch, Batch) and batch.is_full):
             self.credits.forbid()
@@ -364,7 +368,7 @@ class Drain:
                     raise SessionGivenUp("a start in doubt is refused for good") from error
             else:
                 # Its first try may still be on the way, and must not find these rows claimed anew.
-                self._claimer.is_astray = self._claimer.is_astray or in_doubt
+                self._claimer.is_astray |= in_doubt
                 return started
             await asyncio.sleep(_RETRY_S)
 

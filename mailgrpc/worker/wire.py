@@ -27,14 +27,16 @@ from mailgrpc.providers.provider import Provider, worker_lost
 from mailgrpc.worker.breaker import Breaker
 from mailgrpc.worker.call import Group, broken, call_provider
 from mailgrpc.worker.journal import Journal
+from mailgrpc.worker.pace import Pace
 from mailgrpc.worker.record import Recorder
 
 log = logging.getLogger(__name__)
 
 STARTED_AHEAD = 128
-_IN_A_ROW = 2
-"""Calls of one slot, after which it lets others of this process go on."""
+"""At the least, of what may wait: until its pace is known, a channel is not kept waiting for starts."""
 MAX_UNRECORDED = 2000
+_IN_A_ROW = 2
+"""Calls of one slot, after which it waits for a turn. All slots go on in the same one: there are dozens."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +58,7 @@ class Wire:
         recorder: Recorder,
         journal: Journal,
         breaker: Breaker,
+        pace: Pace,
         *,
         channel: str,
         concurrency: int,
@@ -66,6 +69,7 @@ class Wire:
         self._recorder = recorder
         self._journal = journal
         self._breaker = breaker
+        self._pace = pace
         self._concurrency = concurrency
         self._rng = rng
         self._line: deque[_Call] = deque()
@@ -83,7 +87,7 @@ class Wire:
 
         SEND_ONCE no more than there are free slots, so that a crash leaves few in doubt.
         """
-        ahead = 0 if mode is Mode.SEND_ONCE else STARTED_AHEAD
+        ahead = 0 if mode is Mode.SEND_ONCE else max(STARTED_AHEAD, self._pace.ahead)
         room = self._concurrency + ahead - self.calls
         if room <= ahead // 2 or len(self._recorder) >= MAX_UNRECORDED:
             return 0
@@ -145,12 +149,21 @@ class Wire:
                 finally:
                     self._note_end(call)
                 if calls % _IN_A_ROW == 0:
-                    # A provider that never waits would otherwise be asked for all that was started
-                    # before the drain could ask for the next start: it and the store in turns.
-                    await asyncio.sleep(0)
+                    await self._let_others_on()
         finally:
             # In the same turn as the last look at the line: what comes next finds the slot free.
             self._slots.discard(asyncio.current_task())
+
+    async def _let_others_on(self) -> None:
+        """Wait for one turn of the loop.
+
+        A provider that never waits would otherwise be asked for all that was started before the drain
+        could ask for the next start: now the store works while it does.
+        """
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self._uncancel()  # a cancellation that was meant for the call before
 
     def _uncancel(self) -> None:
         """Take back a cancellation of this slot that was not ours. Raises CancelledError for ours."""
@@ -163,6 +176,7 @@ class Wire:
     def _note_end(self, call: _Call) -> None:
         self._journal.unreserve(len(call.started))  # what came back has taken them
         self.calls -= 1
+        self._pace.note_end()
         self.freed.set()
         self.on_freed()
         if call.probe is not None and not call.probe.done():

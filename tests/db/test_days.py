@@ -21,6 +21,7 @@ from mailgrpc.db.deliveries import Started, claim_due, read_deliveries, started_
 from mailgrpc.db.engine import Database
 from mailgrpc.db.messages import (
     NewMessage,
+    Start,
     insert_messages,
     read_attempts,
     read_contents,
@@ -28,6 +29,7 @@ from mailgrpc.db.messages import (
 )
 from mailgrpc.db.migrate import migrate
 from mailgrpc.db.schema import check_schema
+from mailgrpc.db.workers import open_session
 from tests.feed.writing import Sender
 
 DAY = timedelta(days=1)
@@ -65,8 +67,9 @@ class DatabaseBefore(Database):
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
         if "enqueue_messages" in sql:
             lane, rule, messages, deliveries, *files = args[:7]
+            start = args[7:] if args[-1] else ()
             first, second = _columns(messages, 4)
-            args = (lane, *first, rule, *second, *files, *_columns(deliveries, 0)[1])
+            args = (lane, *first, rule, *second, *files, *_columns(deliveries, 0)[1], *start)
             sql = f"SELECT * FROM enqueue_messages({_parameters(args)})"
         elif "record_outcomes" in sql:
             lane, results, without_proof = args
@@ -190,6 +193,11 @@ async def test_connections_from_before_the_migration_go_on(empty_database_url: s
     await insert_messages(db, 0, [message := made_at(datetime.now(UTC))])
     await send(db, [message])
     assert (await db.fetch("SELECT count(*) FROM attempts"))[0][0] == 9
+    start = Start(await open_session(db, "before", ["default"]), 0, "default", [uuid.uuid4()])
+    await insert_messages(db, 0, [message := made_at(datetime.now(UTC))], start)
+    [delivery_id] = ids_of([message])
+    found = await db.fetch("SELECT state, attempt_id FROM deliveries WHERE id = $1", delivery_id)
+    assert [tuple(row) for row in found] == [(State.SENDING, start.attempts[0])]
     await db.close()
 
 

@@ -306,6 +306,8 @@ async def what_is_handed_over_survives_its_notice(world: World) -> None:
         await server.start("credits.stored=kill@3")
         with contextlib.suppress(grpc.aio.AioRpcError):
             await until_handed_over(world, f"lost-{life}")
+        assert server.process is not None
+        assert await server.process.wait() == -signal.SIGKILL
         await server.start()
         await world.tell_valkey("FLUSHALL")
         await put_one_by_one(world, 50, f"flushed-{life}")

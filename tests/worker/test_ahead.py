@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mailgrpc.core.delivery import Cause, Outcome, Result, State
-from mailgrpc.db.engine import Database
+from mailgrpc.db.engine import Database, SessionEnded
 from tests.worker.rig import Clock, Gate, LossyDatabase, Part, Store
 
 CLAIM = 4
@@ -116,9 +116,23 @@ async def test_what_becomes_due_after_a_claim_ahead_found_nothing_is_claimed_at_
     provider = Gate()
     async with Part(db, clock, provider) as part:
         await part.drain.drain_once()
-        await part.drain._claimer._ahead  # it finds nothing
+        await part.drain._claimer._ahead[1]  # it finds nothing
         late = await store.put("late@example.com")
         await part.drain.drain_once()
         assert await store.state(late) is State.SENDING
         provider.open()
         await part.recorded()
+
+
+async def test_what_a_claim_of_an_ended_session_met_is_not_of_the_next(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    async def ended() -> Any:
+        raise SessionEnded
+
+    async with Part(db, clock, Gate()) as part:
+        session_id = part.session.session_id
+        part.drain._claimer._ahead = (session_id - 1, asyncio.create_task(ended()))
+        await part.drain._guarded_pass()
+        await part.drain._guarded_pass()
+        assert part.session.session_id == session_id

@@ -19,7 +19,8 @@ from mailgrpc.db.messages import Start
 from mailgrpc.db.workers import begin_epoch, end_session
 from mailgrpc.doorbell import Doorbell
 from mailgrpc.handover import MISSING_S, RETRACT_S, Grant, Handover, Notice
-from mailgrpc.worker.credits import AHEAD, AHEAD_S, REFUSED_S, STRAY_S
+from mailgrpc.worker.credits import REFUSED_S, STRAY_S
+from mailgrpc.worker.pace import AHEAD, AHEAD_S
 from tests.gateway import until
 from tests.worker.rig import Clock, Gate, LossyDatabase, Part, Store, outlive_lease
 
@@ -547,7 +548,7 @@ async def test_credit_goes_by_what_goes_out(part: Part, servers: Handover, clock
         part.drain.credits.note_mail()
         for _ in range(10):  # looks, until the rate is known
             clock.now += 0.2
-            part.drain.credits._ended = int(ended / 5)
+            part.drain.credits._pace._ended = int(ended / 5)
             part.drain.credits.look()
         opened = len(part.drain.credits._open)
         limit = min(most, part.journal.slots / 2)

@@ -99,7 +99,8 @@ async def test_after_an_outage_results_are_recorded_before_anything_is_claimed(
         await store.put("b@example.com")
         with pytest.raises(StoreUnavailable):
             await part.drain.drain_once()
-        part.drain._is_behind = part.drain._claimer.is_astray = True
+        part.drain._is_behind = True
+        part.drain._claimer.lose_track()
         lossy.asked.clear()
         lossy.away = False
         await part.drain._guarded_pass()
