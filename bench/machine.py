@@ -46,6 +46,11 @@ def facts() -> dict[str, str]:
     }
 
 
+def kind() -> str:
+    """What machines have in common whose rates may be compared."""
+    return f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -25,6 +25,7 @@ class Measured:
     unit: str = "/s"
     at_least: float | None = None  # the ratio that is wanted
     at_most: float | None = None
+    against_itself: bool = False  # the other side is this program too, so that it has no floor
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)

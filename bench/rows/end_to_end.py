@@ -36,7 +36,9 @@ Way = Callable[[int], Round]
 def run(family: Family) -> list[Measured]:
     calls_row = Measured("end to end, Enqueue one a call", "Postfix, tuned", at_least=4)
     batch_row = Measured("end to end, EnqueueBatch of 100", "Postfix, tuned", at_least=6)
-    once_row = Measured("SEND_ONCE, end to end", "RETRYING, end to end", at_least=0.5)
+    once_row = Measured(
+        "SEND_ONCE, end to end", "RETRYING, end to end", at_least=0.5, against_itself=True
+    )
     with sink() as taker, ways(family, taker) as by_name:
         ceiling = _ceiling(taker)
         found = _in_turns(by_name)

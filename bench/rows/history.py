@@ -60,7 +60,9 @@ def _in_turns(row: Measured, full: Family, empty: Family, once: Callable[[Family
 
 
 def _enqueue(full: Family, empty: Family) -> Measured:
-    row = Measured("Enqueue beside 5 million ended", "the same, empty", at_least=0.9)
+    row = Measured(
+        "Enqueue beside 5 million ended", "the same, empty", at_least=0.9, against_itself=True
+    )
     with full.running("serve") as a, empty.running("serve") as b:
         at = {full: a.address, empty: b.address}
         _in_turns(row, full, empty, lambda f: calls(at[f], seconds=SECONDS, concurrency=256))
@@ -68,7 +70,9 @@ def _enqueue(full: Family, empty: Family) -> Measured:
 
 
 def _batches(full: Family, empty: Family) -> Measured:
-    row = Measured("EnqueueBatch beside 5 million ended", "the same, empty", at_least=0.9)
+    row = Measured(
+        "EnqueueBatch beside 5 million ended", "the same, empty", at_least=0.9, against_itself=True
+    )
     with full.running("serve") as a, empty.running("serve") as b:
         at = {full: a.address, empty: b.address}
         _in_turns(
@@ -78,7 +82,9 @@ def _batches(full: Family, empty: Family) -> Measured:
 
 
 def _drain(full: Family, empty: Family) -> Measured:
-    row = Measured("Drain beside 5 million ended", "the same, empty", at_least=0.9)
+    row = Measured(
+        "Drain beside 5 million ended", "the same, empty", at_least=0.9, against_itself=True
+    )
     for f in (full, empty):  # what the rows before have left
         _drained(f)
 
