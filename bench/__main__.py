@@ -1,6 +1,6 @@
 """`make bench`: the rows in one run, one table and one chart, and the results as JSON.
 
-    python -m bench [ROW …] [--record] [--list]
+    python -m bench [ROW …] [--record]
 
 Exit 1 where a row is void or short of what is wanted. `--record` writes the counterparts' rates
 as the floors of this kind of machine: a later row in which one falls below 0.9 of its floor is void,

@@ -23,16 +23,17 @@ if sys.version_info >= (3, 11):
 PYTHON
 }
 
-measure_cleanly() {
+# The same as `took`; what a site's own start-up prints is no number.
+take_measure() {
     took=$(measure "$1" | tail -n 1)
-    case $took in *[!0-9]*) took= ;; esac # what a site's own start-up prints is no number
+    case $took in *[!0-9]*) took= ;; esac
 }
 
 chosen=${1:-}
 if [ -z "$chosen" ]; then
     best=
     for python in python3 /usr/bin/python3 /usr/local/bin/python3; do
-        measure_cleanly "$python"
+        take_measure "$python"
         # The first one stays unless another is much faster: it is what the user calls Python.
         if [ -n "$took" ] && { [ -z "$best" ] || [ $((took * 5)) -lt $((best * 4)) ]; }; then
             best=$took chosen=$python
@@ -44,7 +45,7 @@ if [ -z "$chosen" ]; then
         exit 1
     fi
 else
-    measure_cleanly "$chosen"
+    take_measure "$chosen"
     if [ -z "$took" ]; then
         echo "$chosen is not Python 3.11 or newer with its venv module (Debian: python3-venv)"
         exit 1

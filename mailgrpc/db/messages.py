@@ -7,7 +7,6 @@ import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
 
 from mailgrpc.core.event import Attempt, Labels, MessageStatus
 from mailgrpc.core.fingerprint import RULE, content_key
@@ -59,7 +58,11 @@ class Start:
     attempts: Sequence[uuid.UUID | None]
 
 
-_ENQUEUE = "SELECT * FROM enqueue_messages($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)"
+# In the order of the function's parameters. The last four are of a Start; servers of the version before
+# know nothing of them.
+_ENQUEUE = """SELECT * FROM enqueue_messages($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
+    $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27)"""
+_ENQUEUE_AND_START = _ENQUEUE.removesuffix(")") + ", $28, $29, $30, $31)"
 
 
 @value
@@ -91,58 +94,55 @@ async def insert_messages(
     them, and their request ids lead to their own message ids. Raises StoreUnavailable and, for a
     value that the database refuses, asyncpg.DataError.
     """
+    submissions = [m.submission for m in new]
+    messages = [s.message for s in submissions]
+    options = [s.options for s in submissions]
     files = [
         (m.message_id, position, attachment.data)
-        for m in new
-        for position, attachment in enumerate(m.submission.message.attachments)
+        for m, message in zip(new, messages, strict=True)
+        for position, attachment in enumerate(message.attachments)
     ]
+    recipients = [
+        (index, delivery_id(m.message_id, number), r.key, r.role, dedupe_key)
+        for index, m in enumerate(new, 1)
+        for number, (r, dedupe_key) in enumerate(_recipients(m.submission), 1)
+    ]
+    started = (start.session_id, start.epoch, start.channel, start.attempts) if start else ()
     rows = await db.write(
-        _ENQUEUE,
+        _ENQUEUE_AND_START if started else _ENQUEUE,
         lane,
+        [m.message_id for m in new],
+        [m.project_id for m in new],
+        [s.request_id for s in submissions],
+        [m.fingerprint for m in new],
         RULE,
-        [_message_row(m) for m in new],
-        [
-            (index, delivery_id(m.message_id, number), r.key, r.role, dedupe_key)
-            for index, m in enumerate(new, 1)
-            for number, (r, dedupe_key) in enumerate(_recipients(m.submission), 1)
-        ],
+        [m.correlation_id for m in messages],
+        [m.subject for m in messages],
+        [pack_json(m.tags) for m in messages],
+        [pack_json(m.custom_args) for m in messages],
+        [pack_options(o) for o in options],
+        [m.flags for m in new],
+        [pack_content(m) for m in messages],
+        [m.channel for m in new],
+        [o.effective_priority for o in options],
+        [o.effective_mode for o in options],
+        [o.send_at for o in options],
+        [m.expire_at for m in new],
+        [o.dedupe_window.total_seconds() if o.dedupe_window else 0.0 for o in options],
         [f[0] for f in files],
         [f[1] for f in files],
         [f[2] for f in files],
-        *((start.session_id, start.epoch, start.channel, start.attempts) if start else _NO_START),
+        [r[0] for r in recipients],
+        [r[1] for r in recipients],
+        [r[2] for r in recipients],
+        [r[3] for r in recipients],
+        [r[4] for r in recipients],
+        *started,
     )
     return Inserted(
         known=frozenset(row["message_id"] for row in rows if row["what"] == "known"),
         with_suppressed=frozenset(row["message_id"] for row in rows if row["what"] == "suppressed"),
         unstarted=any(row["what"] == "unstarted" for row in rows),
-    )
-
-
-_NO_START = (0, 0, "", ())  # nothing is started: see enqueue_messages
-
-
-def _message_row(new: NewMessage) -> tuple[Any, ...]:
-    """A message as the type `new_message` has it."""
-    submission = new.submission
-    message, options = submission.message, submission.options
-    return (
-        new.message_id,
-        new.project_id,
-        submission.request_id,
-        new.fingerprint,
-        message.correlation_id,
-        message.subject,
-        pack_json(message.tags),
-        pack_json(message.custom_args),
-        pack_options(options),
-        new.flags,
-        pack_content(message),
-        new.channel,
-        options.effective_priority,
-        options.effective_mode,
-        options.send_at,
-        new.expire_at,
-        options.dedupe_window.total_seconds() if options.dedupe_window else 0.0,
     )
 
 

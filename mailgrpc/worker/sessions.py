@@ -15,9 +15,9 @@ own, with a short patience, so that it neither waits behind claims nor lets one 
 pass for a whole lease.
 
 A session that was ended claims and starts nothing more: claims and starts take its row, shared, inserts
-that start by its credit (credits.py) its number, and the ending waits for them. One that has not been heard in time starts nothing either (`may_send`),
-though its row may stand: what it started would be refused by the last look. What it had on the
-wire is still recorded, by the rule on late results.
+that start by its credit (credits.py) its number, and the ending waits for them. One that has not been
+heard in time starts nothing either (`may_send`), though its row may stand: what it started would be
+refused by the last look. What it had on the wire is still recorded, by the rule on late results.
 
 What comes late. A network may deliver a statement after its worker gave it up, on a connection that
 is long replaced. An ending would refuse it; a session that lives would not, and what such a claim

@@ -62,26 +62,14 @@ def ids_of(new: Sequence[NewMessage]) -> list[uuid.UUID]:
 
 
 class DatabaseBefore(Database):
-    """As of servers and workers before 0007: they call the functions with a column of each field."""
+    """As of workers before 0007: they record with a column of each field."""
 
     async def write(self, sql: str, *args: Any) -> list[asyncpg.Record]:
-        if "enqueue_messages" in sql:
-            lane, rule, messages, deliveries, *files = args[:7]
-            start = args[7:] if args[-1] else ()
-            first, second = _columns(messages, 4)
-            args = (lane, *first, rule, *second, *files, *_columns(deliveries, 0)[1], *start)
-            sql = f"SELECT * FROM enqueue_messages({_parameters(args)})"
-        elif "record_outcomes" in sql:
+        if "record_outcomes" in sql:
             lane, results, without_proof = args
-            args = (lane, *_columns(results, 0)[1], without_proof)
+            args = (lane, *zip(*results, strict=True), without_proof)
             sql = f"SELECT record_outcomes({_parameters(args)})"
         return await super().write(sql, *args)
-
-
-def _columns(rows: Sequence[tuple[Any, ...]], at: int) -> tuple[list[Any], list[Any]]:
-    """The columns of these rows, before and from one of them."""
-    columns = list(zip(*rows, strict=True))
-    return columns[:at], columns[at:]
 
 
 def _parameters(args: Sequence[Any]) -> str:

@@ -316,6 +316,7 @@ async def what_is_handed_over_survives_its_notice(world: World) -> None:
     assert {b.state for b in boxes} == {State.SENT}, Counter(b.state for b in boxes)
     assert not any(b.possibly_sent for b in boxes)
     [[handed]] = await sql(world, _HANDED_OVER)
+    assert handed > 20, f"{handed} handed over"
     taken_back = await sql(world, f"SELECT FROM attempts WHERE cause = {Cause.WORKER_LOST}")
     assert len(taken_back) >= lives, f"{len(taken_back)} taken back, of {lives} and more"
     waits = await sql(

@@ -1,4 +1,4 @@
-"""What comes in many rows comes as rows, and no longer as a column of each field."""
+"""Results come as rows, and no longer as a column of each field."""
 
 from __future__ import annotations
 
