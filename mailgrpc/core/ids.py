@@ -8,6 +8,9 @@ index is needed on the largest table. 58 random bits within a millisecond remain
 To callers an id is a prefix and 26 characters of Crockford's base32, lowercase, which keeps the
 order: `msg_` + 26. Nobody may take anything from it, and foreign ids are only looked up, so what
 does not parse is simply not found.
+
+Ids are made as the driver makes those that it reads: its class is the standard library's UUID, and
+equal to it, but made in C, in a fifth of the time.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import time
 import uuid
 from datetime import datetime
 
+from asyncpg.pgproto.pgproto import UUID
+
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _DIGIT_OF = {c: i for i, c in enumerate(_ALPHABET)}
-# Two characters at a time: half the steps of the plain loop, on the path of every answer.
+# Two characters at a time.
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 _TEXT_LENGTH = 26
 
@@ -31,12 +36,12 @@ CALL = "call_"
 
 def new_id(now_ms: int | None = None) -> uuid.UUID:
     """A UUIDv7: for attempts, calls and events. `now_ms` is Unix time in milliseconds."""
-    return uuid.UUID(int=_number(now_ms))
+    return _of(_number(now_ms))
 
 
 def new_message_id(now_ms: int | None = None) -> uuid.UUID:
     """A fresh message id; its last 16 bits are zero."""
-    return uuid.UUID(int=_number(now_ms) & ~0xFFFF)
+    return _of(_number(now_ms) & ~0xFFFF)
 
 
 def _number(now_ms: int | None) -> int:
@@ -45,20 +50,24 @@ def _number(now_ms: int | None) -> int:
     return value & ~(0xF << 76 | 0x3 << 62) | 7 << 76 | 2 << 62
 
 
+def _of(number: int) -> uuid.UUID:
+    return UUID(number.to_bytes(16, "big"))
+
+
 def first_id_at(moment: datetime) -> uuid.UUID:
     """The lowest id that can have been made at `moment` or later, by the clock that made it."""
     ms = min(max(int(moment.timestamp() * 1000), 0), 0xFFFF_FFFF_FFFF)
-    return uuid.UUID(int=ms << 80)
+    return _of(ms << 80)
 
 
 def delivery_id(message_id: uuid.UUID, number: int) -> uuid.UUID:
     """The id of the delivery to recipient `number`, from 1 to 65,535."""
-    return uuid.UUID(int=message_id.int | number)
+    return _of(message_id.int | number)
 
 
 def message_of(delivery: uuid.UUID) -> uuid.UUID:
     """The message that a delivery belongs to."""
-    return uuid.UUID(int=delivery.int & ~0xFFFF)
+    return UUID(delivery.bytes[:14] + b"\0\0")
 
 
 def number_of(delivery: uuid.UUID) -> int:
@@ -68,13 +77,13 @@ def number_of(delivery: uuid.UUID) -> int:
 
 def to_text(prefix: str, value: uuid.UUID) -> str:
     """How callers see an id."""
-    number = value.int
-    pairs = []
-    for _ in range(_TEXT_LENGTH // 2):
-        pairs.append(_PAIRS[number & 0x3FF])
-        number >>= 10
-    pairs.reverse()
-    return prefix + "".join(pairs)
+    n = value.int
+    return (  # no loop: it is on the way of every answer and every mail
+        f"{prefix}{_PAIRS[n >> 120]}{_PAIRS[n >> 110 & 1023]}{_PAIRS[n >> 100 & 1023]}"
+        f"{_PAIRS[n >> 90 & 1023]}{_PAIRS[n >> 80 & 1023]}{_PAIRS[n >> 70 & 1023]}"
+        f"{_PAIRS[n >> 60 & 1023]}{_PAIRS[n >> 50 & 1023]}{_PAIRS[n >> 40 & 1023]}"
+        f"{_PAIRS[n >> 30 & 1023]}{_PAIRS[n >> 20 & 1023]}{_PAIRS[n >> 10 & 1023]}{_PAIRS[n & 1023]}"
+    )
 
 
 def from_text(prefix: str, text: str) -> uuid.UUID | None:
@@ -87,7 +96,7 @@ def from_text(prefix: str, text: str) -> uuid.UUID | None:
         if digit is None:
             return None
         number = number << 5 | digit
-    return uuid.UUID(int=number) if number < 1 << 128 else None
+    return _of(number) if number < 1 << 128 else None
 
 
 def rfc_message_id(message_id: uuid.UUID, sender_address: str) -> str:

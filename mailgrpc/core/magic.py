@@ -46,8 +46,10 @@ def magic_of(address: str) -> Magic | None:
     `permerror+2@` and the like are addresses like any other, as is a number above MAX_TIMES.
     """
     local_part, _, domain = address.rpartition("@")
+    if domain.lower() != MAGIC_DOMAIN:
+        return None
     match = _LOCAL_PART.fullmatch(local_part.lower())
-    if match is None or domain.lower() != MAGIC_DOMAIN:
+    if match is None:
         return None
     kind = MagicKind(match["kind"])
     if kind is MagicKind.TEMPERROR:

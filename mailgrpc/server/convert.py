@@ -102,7 +102,7 @@ def _message(m: message_pb2.MailMessage) -> MailMessage:
         tuple(_first(tags)) if (tags := m.tags) else (),
         tuple(_first(categories)) if (categories := m.categories) else (),
         m.flags,
-        dict(args) if len(args) <= _LOOKED_AT else dict(islice(args.items(), _LOOKED_AT)),
+        {k: args[k] for k in (args if len(args) <= _LOOKED_AT else islice(args, _LOOKED_AT))},
         m.correlation_id,
     )
 

@@ -21,6 +21,7 @@ MOST_BYTES = 2040  # what a slot holds
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _TEXT_CHARACTERS = 256
+_PACKER = msgpack.Packer(unicode_errors="surrogatepass")  # one is made for each call of packb
 
 
 def pack(recorded: Recorded) -> bytes:
@@ -44,7 +45,7 @@ def pack(recorded: Recorded) -> bytes:
 def _packed(r: Recorded) -> bytes:
     result, step = r.result, r.step
     return bytes(
-        msgpack.packb(
+        _PACKER.pack(
             [
                 FORM,
                 r.delivery_id.bytes,
@@ -67,8 +68,7 @@ def _packed(r: Recorded) -> bytes:
                 None if step.due_at is None else _of_time(step.due_at),
                 int(step.wait_reason),
                 step.spares,
-            ],
-            unicode_errors="surrogatepass",
+            ]
         )
     )
 

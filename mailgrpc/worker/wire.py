@@ -17,7 +17,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from mailgrpc import failpoints
 from mailgrpc.core.delivery import Mode, Outcome, Result, next_step, result_text
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 STARTED_AHEAD = 128
 """At the least, of what may wait: until its pace is known, a channel is not kept waiting for starts."""
 MAX_UNRECORDED = 2000
+_NO_PAUSE = timedelta()
 _IN_A_ROW = 2
 """Calls of one slot, after which it waits for a turn. All slots go on in the same one: there are dozens."""
 
@@ -216,7 +217,8 @@ class Wire:
         """What a result means, whatever breaks: else its delivery stayed in SENDING."""
         now = datetime.now(UTC)
         try:
-            step = next_step(started.delivery, result, now, policy, self._rng, self._breaker.pause)
+            pause = self._breaker.pause if result.of_channel else _NO_PAUSE
+            step = next_step(started.delivery, result, now, policy, self._rng, pause)
         except Exception as error:
             log.exception("nobody knows what %r means", result)
             result = broken(Outcome.UNKNOWN, error)
