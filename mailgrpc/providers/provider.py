@@ -58,12 +58,19 @@ class Addressee:
     recipient: Recipient
 
 
+def nothing() -> SendCall | None:
+    """That no call waits."""
+    return None
+
+
 @value
 class SendCall:
     """One call: a message to some of its recipients, in one attempt of each.
 
     `rfc_message_id` is the Message-ID header with its angle brackets, the same in every attempt.
     `created_at` is when the message was accepted: the Date header, the same in every attempt.
+    `following` gives the call that will be made right after this one whatever comes of it, where one
+    waits: a provider may begin it while it waits for this one's answer.
     """
 
     call_id: uuid.UUID
@@ -74,6 +81,7 @@ class SendCall:
     created_at: datetime
     addressees: Sequence[Addressee]
     last_look: Callable[[], bool]
+    following: Callable[[], SendCall | None] = nothing
 
 
 class Provider(Protocol):

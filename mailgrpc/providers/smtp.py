@@ -22,6 +22,10 @@ What can go wrong, beyond that:
 That no connection was free is not of the channel: all of them are at work on other mails, whose own
 results tell how it is. It says how much is asked of us, and a pause would not make that less.
 
+Where the worker has another call waiting, its mail is begun behind this one's dot (`SendCall.following`):
+one write and one answer less for each mail, which is what a small one costs most. It is done behind
+servers that answer quickly, and no more once a connection was lost, or fell silent, over it.
+
 SMTPUTF8 (RFC 6531): where an address in the header or the sender's is not ASCII, nobody can get
 this mail here, since changing the header is not ours. Where only a recipient in Bcc is not, that
 one is refused and the others get the mail. There is no down-grade of a mailbox name.
@@ -46,10 +50,15 @@ The URL
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
+import uuid
+from collections.abc import Sequence
 
 from mailgrpc.core.delivery import Cause, Outcome, Result
 from mailgrpc.core.message import MailMessage
 from mailgrpc.core.mime import needs_smtputf8, render
+from mailgrpc.core.value import value
 from mailgrpc.errors import Violation
 from mailgrpc.providers.channel_url import (
     ChannelUrl,
@@ -66,9 +75,13 @@ from mailgrpc.providers.smtp_pool import (
     SmtpPool,
     SmtpServer,
 )
-from mailgrpc.providers.smtp_session import Envelope, Stale, transact
+from mailgrpc.providers.smtp_session import Envelope, Mail, Stale, transact
 from mailgrpc.providers.smtp_wire import SmtpWire
 
+log = logging.getLogger(__name__)
+
+_QUICK_S = 0.1
+"""Behind the dot of a server that takes longer for its answer no other mail is made to wait."""
 _ANSWER_SHARE = 0.25
 """Of the attempt's time, for the answer to the dot at the least (RFC 5321, 4.5.3.2.6, has ten
 minutes): who leaves before it is in doubt."""
@@ -86,6 +99,8 @@ class SmtpProvider:
         self.pool = SmtpPool(server)
         self._slots = asyncio.Semaphore(concurrency)
         self._attempt_timeout_s = attempt_timeout_s
+        self._begun: dict[uuid.UUID, _Begun] = {}  # by the call_id
+        self._begins = True
 
     @classmethod
     def from_url(cls, url: ChannelUrl, concurrency: int, attempt_timeout_s: float) -> SmtpProvider:
@@ -115,11 +130,13 @@ class SmtpProvider:
     async def send(self, call: SendCall) -> list[Result]:
         """One transaction. See the module for what each failure becomes."""
         deadline = asyncio.get_running_loop().time() + self._attempt_timeout_s
+        begun = self._begun.pop(call.call_id, None)
         try:
-            content = render(call.message, rfc_message_id=call.rfc_message_id, date=call.created_at)
-            envelope = _envelope(call)
+            mail = begun.mail if begun else _rendered(call)
         except ValueError as error:
             return everyone(call, Result(Outcome.REJECTED, Cause.CONTENT, text=str(error)))
+        if begun is not None and begun.is_out:  # the slot of the mail before is its slot
+            return await self._send(mail, deadline, begun)
         try:
             if self._slots.locked():
                 async with asyncio.timeout_at(deadline):
@@ -129,47 +146,82 @@ class SmtpProvider:
         except TimeoutError:
             text = "no connection was free within the time of the attempt"
             return everyone(call, Result(Outcome.DEFERRED, Cause.TIMEOUT, text=text))
-        try:
-            return await self._send(call, envelope, content, deadline)
-        except HandshakeFailed as failed:
-            return everyone(call, failed.result)
-        finally:
-            self._slots.release()
+        return await self._send(mail, deadline)
 
     async def _send(
-        self, call: SendCall, envelope: Envelope, content: bytes, deadline: float
+        self, mail: _Rendered, deadline: float, begun: _Begun | None = None
     ) -> list[Result]:
-        wire = await self.pool.take(deadline)
+        """Send it in a slot, which is free afterwards, or that of the mail begun behind this one."""
+        passed_on = False
         try:
+            wire = begun.wire if begun else await self.pool.take(deadline)
             try:
-                results = await self._transact(wire, call, envelope, content, deadline)
-            except Stale:
-                wire = await self.pool.connect(deadline)
-                results = await self._transact(wire, call, envelope, content, deadline)
-        except BaseException:
-            wire.abort()
-            raise
-        self.pool.give_back(wire)
+                try:
+                    results = await self._transact(wire, mail, deadline, begun)
+                except Stale:
+                    wire = await self.pool.connect(deadline)
+                    results = await self._transact(wire, mail, deadline)
+            except BaseException:
+                wire.abort()
+                raise
+            passed_on = self._is_passed_on(wire, results[0], is_begun=begun is not None)
+            if not passed_on:
+                self.pool.give_back(wire)
+        except HandshakeFailed as failed:
+            return everyone(mail.call, failed.result)
+        finally:
+            if not passed_on:
+                self._slots.release()
         return results
 
     async def _transact(
-        self, wire: SmtpWire, call: SendCall, envelope: Envelope, content: bytes, deadline: float
+        self, wire: SmtpWire, mail: _Rendered, deadline: float, begun: _Begun | None = None
     ) -> list[Result]:
         """The transaction, for those recipients to whom this server can carry this mail."""
-        refusals = _refusals(wire, call, len(content))
-        recipients = [r for r, no in zip(envelope.recipients, refusals, strict=True) if no is None]
-        if not recipients:
+        refusals, fitted = ([], begun.fitted) if begun else _fitted(wire, mail)
+        if fitted is None:
             return [refusal for refusal in refusals if refusal is not None]
-        parameters = f" SIZE={len(content)}" if "size" in wire.extensions else ""
-        if needs_smtputf8(call.message) or not all(map(str.isascii, recipients)):
-            parameters += " BODY=8BITMIME SMTPUTF8"
-        if len(recipients) < len(refusals):
-            envelope = Envelope(envelope.sender, recipients)
-        answer_s = self._attempt_timeout_s * _ANSWER_SHARE
-        results = iter(
-            await transact(wire, envelope, parameters, content, call.last_look, deadline, answer_s)
+        results = await transact(
+            wire,
+            fitted,
+            mail.call.last_look,
+            deadline,
+            self._attempt_timeout_s * _ANSWER_SHARE,
+            functools.partial(self._begin, wire, mail.call),
         )
-        return [refusal or next(results) for refusal in refusals]
+        if not any(refusals):
+            return results
+        rest = iter(results)
+        return [refusal or next(rest) for refusal in refusals]
+
+    def _begin(self, wire: SmtpWire, call: SendCall) -> Mail | None:
+        """The mail to begin behind that of `call`, if there is one for which it is worth it."""
+        if not (self._begins and wire.pipelines and wire.answer_s < _QUICK_S):
+            return None
+        if wire.mails >= self.server.max_mails or (following := call.following()) is None:
+            return None
+        try:
+            mail = _rendered(following)
+        except ValueError:  # its own turn tells
+            return None
+        refusals, fitted = _fitted(wire, mail)
+        if fitted is None or any(refusals):
+            return None
+        self._begun[following.call_id] = _Begun(mail, wire, fitted)
+        return fitted
+
+    def _is_passed_on(self, wire: SmtpWire, result: Result, *, is_begun: bool) -> bool:
+        """Whether the wire goes on with the mail that was begun behind the one with this result."""
+        was_lost = result.outcome is Outcome.UNKNOWN and wire.begun is not None
+        if self._begins and (was_lost or (is_begun and result.cause is Cause.TIMEOUT)):
+            self._begins = False
+            log.warning(
+                "%s may not bear what RFC 2920 allows it to be sent: mails wait for their turn now",
+                self.server,
+            )
+        if wire.begun is not None and not wire.is_alive:
+            wire.begun = None
+        return wire.begun is not None
 
     async def probe(self) -> str:
         """Connect and log in, without a mail."""
@@ -187,14 +239,56 @@ class SmtpProvider:
 
     async def close(self) -> None:
         """QUIT on the idle connections; those in use are the business of their tasks."""
+        for begun in self._begun.values():  # its task will not come any more
+            begun.wire.abort()
         await self.pool.close()
 
 
-def _envelope(call: SendCall) -> Envelope:
-    """Who sends to whom; ValueError where that cannot be said in SMTP."""
+@value
+class _Rendered:
+    """The mail of a call, as any server might be given it."""
+
+    call: SendCall
+    envelope: Envelope
+    content: bytes
+
+
+@value
+class _Begun:
+    """A mail whose envelope was to go out behind the dot of another."""
+
+    mail: _Rendered
+    wire: SmtpWire
+    fitted: Mail
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it did, and the connection waits for the rest."""
+        return self.wire.begun is self.fitted
+
+
+def _rendered(call: SendCall) -> _Rendered:
+    """Raises ValueError for what cannot be said in MIME or SMTP."""
+    content = render(call.message, rfc_message_id=call.rfc_message_id, date=call.created_at)
     if call.message.sender is None:
         raise ValueError("a mail needs a sender")
-    return Envelope(call.message.sender.address, [a.recipient.address for a in call.addressees])
+    recipients = [a.recipient.address for a in call.addressees]
+    return _Rendered(call, Envelope(call.message.sender.address, recipients), content)
+
+
+def _fitted(wire: SmtpWire, mail: _Rendered) -> tuple[Sequence[Result | None], Mail | None]:
+    """A refusal or None for each addressee, and the mail to the others as this server takes it."""
+    refusals = _refusals(wire, mail.call, len(mail.content))
+    envelope = mail.envelope
+    if any(refusals):
+        recipients = [r for r, no in zip(envelope.recipients, refusals, strict=True) if no is None]
+        if not recipients:
+            return refusals, None
+        envelope = Envelope(envelope.sender, recipients)
+    parameters = f" SIZE={len(mail.content)}" if "size" in wire.extensions else ""
+    if needs_smtputf8(mail.call.message) or not all(map(str.isascii, envelope.recipients)):
+        parameters += " BODY=8BITMIME SMTPUTF8"
+    return refusals, Mail(envelope.commands(parameters), mail.content)
 
 
 def _refusals(wire: SmtpWire, call: SendCall, size: int) -> list[Result | None]:

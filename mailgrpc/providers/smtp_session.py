@@ -10,6 +10,11 @@ The last look is asked right before the write that holds the dot. A small mail g
 that write. Of a large one all but the end goes first, and is flushed before the look, so that no
 buffer of ours keeps the dot back after it (under TLS the socket's own 64 KiB may).
 
+The envelope of the next mail may go out behind the dot, in the same write (RFC 2920, 3.1, names this
+very case), where somebody has one ready and the server pipelines. It gives nothing of the next mail
+away: until that one's own dot nothing was taken of it, and where the connection is lost it begins
+again on another.
+
 What can go wrong.
 - Recipients are refused one by one: the mail goes on to the others.
 - The server pipelines (RFC 2920), so DATA has been said before the answers to RCPT TO are read,
@@ -61,6 +66,22 @@ class Stale(Exception):
 
 
 @value
+class Mail:
+    """A mail as one server is given it: MAIL, its RCPTs and DATA as lines, and the content.
+
+    `content` ends in CRLF, without the dot.
+    """
+
+    commands: Sequence[bytes]
+    content: bytes
+
+
+def nothing() -> Mail | None:
+    """That no mail is ready."""
+    return None
+
+
+@value
 class Envelope:
     """Who sends to whom."""
 
@@ -74,10 +95,11 @@ class Envelope:
             address.encode()  # a lone surrogate cannot: UnicodeEncodeError, a ValueError
 
     def commands(self, parameters: str) -> list[bytes]:
-        """MAIL FROM and the RCPT TOs, as lines. Parameters (" SIZE=…") have their blank before."""
-        lines = [f"MAIL FROM:<{self.sender}>{parameters}\r\n"]
-        lines += [f"RCPT TO:<{address}>\r\n" for address in self.recipients]
-        return [line.encode() for line in lines]
+        """The lines from MAIL to DATA. Parameters (" SIZE=…") have their blank before."""
+        lines = [f"MAIL FROM:<{self.sender}>{parameters}\r\n".encode()]
+        lines += [f"RCPT TO:<{address}>\r\n".encode() for address in self.recipients]
+        lines.append(b"DATA\r\n")
+        return lines
 
 
 class _Ended(Exception):
@@ -90,25 +112,25 @@ class _Ended(Exception):
 
 async def transact(
     wire: SmtpWire,
-    envelope: Envelope,
-    parameters: str,
-    content: bytes,
+    mail: Mail,
     last_look: Callable[[], bool],
     deadline: float,
     answer_s: float,
+    following: Callable[[], Mail | None] = nothing,
 ) -> list[Result]:
-    """Send one mail. One Result a recipient, in their order. `parameters` are those of MAIL.
+    """Send one mail. One Result a recipient, in their order.
 
-    `content` ends in CRLF. `deadline` (a time of the loop) bounds the whole, but for the answer to
-    the dot, which is awaited for `answer_s` at the least. Raises Stale alone.
-    Afterwards the wire is either ready for the next mail or no longer usable.
+    `deadline` (a time of the loop) bounds the whole, but for the answer to the dot, which is awaited
+    for `answer_s` at the least. `following` is asked right before the dot for the mail to begin
+    behind it. Raises Stale alone. Afterwards the wire is ready for the next mail, or for that which
+    was begun and no other (`wire.begun`), or no longer usable.
     """
-    verdicts: list[Result | None] = [None] * len(envelope.recipients)
+    verdicts: list[Result | None] = [None] * (len(mail.commands) - 2)
     is_reused = wire.mails > 0
     wire.mails += 1
     try:
-        await _open(wire, envelope.commands(parameters), verdicts, is_reused, deadline)
-        result = await _send_content(wire, content, last_look, deadline, answer_s)
+        await _open(wire, mail, verdicts, is_reused, deadline)
+        result = await _send_content(wire, mail.content, last_look, deadline, answer_s, following)
     except _Ended as ended:
         result = ended.result
         if is_reused or any(verdicts):
@@ -120,19 +142,15 @@ async def transact(
 
 async def _open(
     wire: SmtpWire,
-    envelope: Sequence[bytes],
+    mail: Mail,
     verdicts: list[Result | None],
     is_reused: bool,
     deadline: float,
 ) -> None:
     """MAIL, RCPT and DATA, until the server waits for content. Raises _Ended, WireBroken, Stale."""
-    commands = [*envelope, b"DATA\r\n"]
-    pipelines = "pipelining" in wire.extensions
-    if pipelines:
-        first = await _first_reply(wire, b"".join(commands), len(commands), is_reused, deadline)
-        commands = [b""] * len(commands)
-    else:
-        first = await _first_reply(wire, commands[0], 1, is_reused, deadline)
+    pipelines = wire.pipelines
+    first = await _first_reply(wire, mail, is_reused, deadline)
+    commands = [b""] * len(mail.commands) if pipelines else mail.commands
     if not first.is_positive:
         for_all = result_of(first, Stage.MAIL)
         verdicts[:] = [for_all] * len(verdicts)
@@ -155,12 +173,16 @@ async def _open(
     await _end(wire, refusal or result_of(data, Stage.DATA), deadline)
 
 
-async def _first_reply(
-    wire: SmtpWire, data: bytes, replies: int, is_reused: bool, deadline: float
-) -> Reply:
-    """Write MAIL FROM (and what is pipelined with it); its answer. Raises Stale too."""
+async def _first_reply(wire: SmtpWire, mail: Mail, is_reused: bool, deadline: float) -> Reply:
+    """The answer to MAIL, which goes out now if it was not begun before. Raises Stale too."""
+    is_begun, wire.begun = wire.begun is mail, None
     try:
-        wire.write(data, replies)
+        if is_begun:
+            wire.raise_if_broken()
+        elif wire.pipelines:
+            wire.write(b"".join(mail.commands), len(mail.commands))
+        else:
+            wire.write(mail.commands[0])
         reply = await wire.reply(deadline)
     except WireBroken as broken:
         if is_reused and broken.cause is Cause.CONNECTION:
@@ -205,6 +227,7 @@ async def _send_content(
     last_look: Callable[[], bool],
     deadline: float,
     answer_s: float,
+    following: Callable[[], Mail | None],
 ) -> Result:
     """The content, the look, the dot, the answer. Raises _Ended and WireBroken before the dot."""
     failpoints.reach("smtp.content")
@@ -219,7 +242,10 @@ async def _send_content(
         # With the content under way it may be about this mail: never the channel's.
         raise _Ended(replace(result_of(early, Stage.DATA), of_channel=False))
     wire.raise_if_broken()
-    if asyncio.get_running_loop().time() >= deadline:
+    upcoming = following()
+    clock = asyncio.get_running_loop().time
+    dotted_at = clock()
+    if dotted_at >= deadline:
         wire.abort()
         text = "the time of the attempt was over before the mail could be ended"
         raise _Ended(Result(Outcome.DEFERRED, Cause.TIMEOUT, text=text))
@@ -228,14 +254,19 @@ async def _send_content(
         raise _Ended(worker_lost())
 
     failpoints.reach("smtp.dot")
-    wire.write(stuffed + b".\r\n", replies=0)
+    if upcoming is None:
+        wire.write(stuffed + b".\r\n", replies=0)
+    else:
+        wire.write(b"".join((stuffed, b".\r\n", *upcoming.commands)), len(upcoming.commands))
+        wire.begun = upcoming
     failpoints.reach("smtp.dotted")
     try:
         # However little of the attempt is left: to hang up now would be to be in doubt.
-        reply = await wire.reply(max(deadline, asyncio.get_running_loop().time() + answer_s))
+        reply = await wire.reply(max(deadline, dotted_at + answer_s))
     except WireBroken as broken:
         return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)
     failpoints.reach("smtp.answered")
+    wire.answer_s = clock() - dotted_at
     if reply.code == 421 or 300 <= reply.code < 400:
         wire.abort()
     return result_of(reply, Stage.CONTENT)

@@ -13,9 +13,10 @@ asyncio's and uvloop's transports, plain and TLS.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 from mailgrpc.core.delivery import Cause, result_text
@@ -47,12 +48,16 @@ class SmtpWire(asyncio.Protocol):
         limit = extensions.get("size", "")
         self.most_bytes = int(limit) if re.fullmatch(r"[0-9]{1,20}", limit) else 0
         """The most bytes a mail may have; 0: no limit."""
+        self.pipelines = "pipelining" in extensions
         self.mails = 0  # transactions begun here
+        self.answer_s = math.inf  # how long the last final dot waited for its answer
+        self.begun: object | None = None
+        """The mail whose envelope went out behind the last one's dot, and whose turn is next."""
         self.idle_since = 0.0
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._reply_timeout_s = reply_timeout_s
-        self._buffer = bytearray()
+        self._buffer = b""  # the beginning of a line
         self._code = ""  # of the reply that is being read
         self._lines: list[str] = []
         self._reply_size = 0
@@ -61,6 +66,9 @@ class SmtpWire(asyncio.Protocol):
         self._broken: WireBroken | None = None
         self._writable = True
         self._waiter: asyncio.Future[None] | None = None
+        self._limit = math.inf  # of what is waited for
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
 
     @classmethod
     def take_over(
@@ -86,7 +94,12 @@ class SmtpWire(asyncio.Protocol):
     @property
     def is_usable(self) -> bool:
         """Whether a new transaction may begin here."""
-        return self._broken is None and self._owed == 0 and not self._transport.is_closing()
+        return self.is_alive and self._owed == 0 and self.begun is None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything can still be written and read here."""
+        return self._broken is None and not self._transport.is_closing()
 
     def abort(self) -> None:
         """Drop the connection at once, whatever is under way on it."""
@@ -109,16 +122,18 @@ class SmtpWire(asyncio.Protocol):
     async def reply(self, deadline: float) -> Reply:
         """The next reply. Raises WireBroken; `deadline` is a time of the loop."""
         if not self._replies:  # what was pipelined is often answered in one piece
-            await self._until(lambda: bool(self._replies), deadline, "no answer")
+            limit = self._limit_of(deadline)
+            while not self._replies:
+                await self._wait(limit, "no answer")
         return self._replies.popleft()
 
     async def flush(self, data: memoryview, deadline: float) -> None:
         """Send content and wait until the kernel has it. Stops early when the server answers."""
         for start in range(0, len(data), _BLOCK):
             self.write(bytes(data[start : start + _BLOCK]), replies=0)
-            await self._until(
-                lambda: self._writable or bool(self._replies), deadline, "the mail is not taken"
-            )
+            limit = self._limit_of(deadline)
+            while not self._writable and not self._replies:
+                await self._wait(limit, "the mail is not taken")
             if self.has_reply:
                 return
 
@@ -127,20 +142,43 @@ class SmtpWire(asyncio.Protocol):
         """Whether a reply waits to be read."""
         return bool(self._replies)
 
-    async def _until(self, ready: Callable[[], bool], deadline: float, text: str) -> None:
-        limit = min(deadline, self._loop.time() + self._reply_timeout_s)
-        while not ready():
-            if self._broken is not None:
-                raise self._broken
-            if self._loop.time() >= limit:
-                self._break(Cause.TIMEOUT, f"{text} within the time given")
-                continue
-            self._waiter = self._loop.create_future()
-            timer = self._loop.call_at(limit, self._wake)
-            try:
-                await self._waiter
-            finally:
-                timer.cancel()
+    def _limit_of(self, deadline: float) -> float:
+        return min(deadline, self._loop.time() + self._reply_timeout_s)
+
+    async def _wait(self, limit: float, text: str) -> None:
+        """Wait for the next thing to happen here. Raises WireBroken, where it is too late too."""
+        if self._broken is None and self._loop.time() >= limit:
+            self._break(Cause.TIMEOUT, f"{text} within the time given")
+        if self._broken is not None:
+            raise self._broken
+        self._arm(limit)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _arm(self, limit: float) -> None:
+        """See whoever waits woken at `limit`.
+
+        By one timer for many waits: nearly all of them end long before, and a timer for each would
+        be a tenth of what a small mail costs here.
+        """
+        self._limit = limit
+        if self._timer is None or limit < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(limit, self._ring)
+            self._timer_at = limit
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._waiter is None:
+            return
+        if self._loop.time() >= self._limit:
+            self._wake()
+        else:
+            self._arm(self._limit)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -150,17 +188,19 @@ class SmtpWire(asyncio.Protocol):
         if self._broken is None:
             self._broken = WireBroken(cause, text)
         self._transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._wake()
 
     # What the transport calls
 
     def data_received(self, data: bytes) -> None:
         """Bytes of replies, cut anywhere."""
-        self._buffer += data
-        while self._broken is None and (end := self._buffer.find(b"\n")) >= 0:
-            line = self._buffer[:end].decode("utf-8", "replace").rstrip("\r")
-            del self._buffer[: end + 1]
-            self._take_line(line)
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            if self._broken is None:
+                self._take_line(line.decode("utf-8", "replace").rstrip("\r"))
         if len(self._buffer) > MAX_LINE:
             self._break(Cause.PROVIDER, "the server sent a line without end")
         self._wake()

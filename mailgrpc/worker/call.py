@@ -102,23 +102,28 @@ async def _read(
     return contents, refused
 
 
-async def call_provider(
-    provider: Provider, group: Group, started: Sequence[Started], last_look: Callable[[], bool]
-) -> list[Result]:
-    """One call for the deliveries that were started; a Result for each, whatever breaks."""
+def call_of(
+    group: Group,
+    started: Sequence[Started],
+    last_look: Callable[[], bool],
+    following: Callable[[], SendCall | None],
+) -> SendCall | Result:
+    """What the provider is asked for the deliveries that were started; a result where it is not."""
     if group.refusal is not None:
-        return [group.refusal] * len(started)
+        return group.refusal
     try:
-        call = _call_of(group.content, started, last_look)
+        return _call_of(group.content, started, last_look, following) or _ERASED
     except Exception as error:
         log.exception("call %s cannot be made", started[0].call_id)
-        return [broken(Outcome.REJECTED, error)] * len(started)
-    if call is None:
-        return [_ERASED] * len(started)
+        return broken(Outcome.REJECTED, error)
+
+
+async def call_provider(provider: Provider, call: SendCall) -> list[Result]:
+    """One call; a Result for each of its addressees, whatever breaks."""
     try:
         results = await provider.send(call)
-        if len(results) != len(started):
-            raise RuntimeError(f"{len(results)} results for {len(started)} deliveries")
+        if len(results) != len(call.addressees):
+            raise RuntimeError(f"{len(results)} results for {len(call.addressees)} deliveries")
         if strange := [r for r in results if not isinstance(r, Result)]:
             raise TypeError(f"a result is a {type(strange[0]).__name__}")
     except asyncio.CancelledError as error:
@@ -126,17 +131,20 @@ async def call_provider(
         if task is None or task.cancelling():
             raise
         # Nobody cancelled us: something within the provider was, and let it out.
-        return [broken(Outcome.UNKNOWN, error)] * len(started)
+        return [broken(Outcome.UNKNOWN, error)] * len(call.addressees)
     except Exception as error:
-        log.exception("call %s failed", started[0].call_id)
-        return [broken(Outcome.UNKNOWN, error)] * len(started)
+        log.exception("call %s failed", call.call_id)
+        return [broken(Outcome.UNKNOWN, error)] * len(call.addressees)
     return results
 
 
 def _call_of(
-    content: StoredContent | None, started: Sequence[Started], last_look: Callable[[], bool]
+    content: StoredContent | None,
+    started: Sequence[Started],
+    last_look: Callable[[], bool],
+    following: Callable[[], SendCall | None],
 ) -> SendCall | None:
-    """What the provider is asked; None where the content has been erased."""
+    """None where the content has been erased."""
     message = content.message if content else None
     if content is None or message is None or message.sender is None:
         return None
@@ -153,6 +161,7 @@ def _call_of(
             for i in [s.delivery.delivery_id for s in started]
         ],
         last_look=last_look,
+        following=following,
     )
 
 

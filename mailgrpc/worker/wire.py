@@ -6,7 +6,9 @@ whole, what had been started and not yet sent comes back unsent (breaker.py). Wh
 expected by the recorder until it is recorded: whatever else runs in our name is not (credits.py).
 
 How. What was started ahead waits in a line. A slot is a task that goes from one call of the line to
-the next and ends when there is none: a task for each call would cost a tenth of what a call does.
+the next and ends when there is none: a task for each call would cost a tenth of what a call does. While
+a provider waits for the answer to one call it may ask for the next of this slot, to begin it already
+(`SendCall.following`); it is made then whatever the channel comes to meanwhile, as any call under way.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from mailgrpc import failpoints
 from mailgrpc.core.delivery import Mode, Outcome, Result, next_step, result_text
 from mailgrpc.core.retry import DEFAULT_POLICY, RetryPolicy
 from mailgrpc.db.deliveries import Recorded, Started
-from mailgrpc.providers.provider import Provider, worker_lost
+from mailgrpc.providers.provider import Provider, SendCall, worker_lost
 from mailgrpc.worker.breaker import Breaker
-from mailgrpc.worker.call import Group, broken, call_provider
+from mailgrpc.worker.call import Group, broken, call_of, call_provider
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.pace import Pace
 from mailgrpc.worker.record import Recorder
@@ -48,6 +50,44 @@ class _Call:
     started: Sequence[Started]
     last_look: Callable[[], bool]
     probe: asyncio.Future[None] | None  # done when the call has ended
+    asked: SendCall | Result | None = None
+    """What the provider is asked, or why it is not: set before its turn where it was asked for."""
+
+
+class _Slot:
+    """One connection's worth of a line: the call under way, and that which was asked for behind it."""
+
+    __slots__ = ("_line", "_may_follow", "call", "upcoming")
+
+    def __init__(self, line: deque[_Call], may_follow: Callable[[_Call, _Call], bool]) -> None:
+        self._line = line
+        self._may_follow = may_follow
+        self.call: _Call | None = None
+        self.upcoming: _Call | None = None
+
+    def next_call(self) -> _Call | None:
+        """The call whose turn it is, if there is one."""
+        if self.call is not None:
+            self.call.asked = None  # which holds us, and a mail
+        self.call, self.upcoming = self.upcoming, None
+        if self.call is None and self._line:
+            self.call = self._line.popleft()
+        return self.call
+
+    def follow(self) -> SendCall | None:
+        """The call that comes next here, for a provider that can begin it already."""
+        call = self.call
+        if call is None or self.upcoming is not None:
+            return None
+        if not self._line or not self._may_follow(call, self._line[0]):
+            return None
+        self.upcoming = self._line.popleft()
+        self.upcoming.asked = asked = self.asked(self.upcoming)
+        return asked if isinstance(asked, SendCall) else None
+
+    def asked(self, call: _Call) -> SendCall | Result:
+        """What the provider is asked, or what comes of it without."""
+        return call_of(call.group, call.started, call.last_look, self.follow)
 
 
 class Wire:
@@ -128,32 +168,51 @@ class Wire:
         """End what is on the wire, unheard; the reaper settles it. What has no slot is not sent."""
         self._abandoned = True
         while self._line:
-            call = self._line.popleft()
-            # Before its turn: proof that it was not sent, and the reaper has none.
-            self._recorder.put([self._end(s, worker_lost(), DEFAULT_POLICY) for s in call.started])
-            self._note_end(call)
+            self._give_up(self._line.popleft())
         for task in self._slots:
             task.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
 
+    def _give_up(self, call: _Call) -> None:
+        """End a call before its turn: proof that it was not sent, and the reaper has none."""
+        self._recorder.put([self._end(s, worker_lost(), DEFAULT_POLICY) for s in call.started])
+        self._note_end(call)
+
     async def _work(self) -> None:
         """One slot: call after call of the line."""
+        slot = _Slot(self._line, self._may_follow)
         try:
             calls = 0
-            while self._line:
-                call = self._line.popleft()
+            while call := slot.next_call():
                 calls += 1
                 try:
-                    await self._send(call)
+                    await self._send(call, slot)
                 except Exception:
                     log.exception("a call on channel %s came to nothing", self._channel)
                 finally:
                     self._note_end(call)
-                if calls % _IN_A_ROW == 0:
+                if calls % _IN_A_ROW == 0 and slot.upcoming is None:
                     await self._let_others_on()
         finally:
+            if slot.upcoming is not None:
+                self._give_up(slot.upcoming)
             # In the same turn as the last look at the line: what comes next finds the slot free.
             self._slots.discard(asyncio.current_task())
+
+    def _may_follow(self, call: _Call, upcoming: _Call) -> bool:
+        """Whether it may be begun behind this one.
+
+        Behind a SEND_ONCE nothing is: it must not be what makes a server hang up on it. And nothing
+        large, whose making would keep the one before waiting.
+        """
+        content = upcoming.group.content
+        return (
+            call.group.mode is Mode.RETRYING
+            and self._breaker.is_closed
+            and content is not None
+            and content.message is not None
+            and not content.message.attachments
+        )
 
     async def _let_others_on(self) -> None:
         """Wait for one turn of the loop.
@@ -183,15 +242,15 @@ class Wire:
         if call.probe is not None and not call.probe.done():
             call.probe.set_result(None)
 
-    async def _send(self, call: _Call) -> None:
+    async def _send(self, call: _Call, slot: _Slot) -> None:
         """One call to the provider, and its results to the recorder."""
         started = call.started
         reason = self._breaker.reason
-        if reason is not None and call.probe is None:
+        if reason is not None and call.probe is None and call.asked is None:
             results = [_not_asked(reason)] * len(started)
         else:
             asked_at = self._breaker.now()
-            results = await self._ask(call)
+            results = await self._ask(call, slot)
             failpoints.reach("drain.sent")
             self._breaker.note(_telling(results), asked_at, self._asking)
         try:
@@ -201,10 +260,13 @@ class Wire:
             policy = DEFAULT_POLICY
         self._recorder.put([self._end(s, r, policy) for s, r in zip(started, results, strict=True)])
 
-    async def _ask(self, call: _Call) -> list[Result]:
+    async def _ask(self, call: _Call, slot: _Slot) -> list[Result]:
+        asked = call.asked or slot.asked(call)
+        if isinstance(asked, Result):
+            return [asked] * len(call.started)
         self._asking += 1
         try:
-            return await call_provider(self._provider, call.group, call.started, call.last_look)
+            return await call_provider(self._provider, asked)
         except asyncio.CancelledError as error:
             self._uncancel()
             # Nobody here cancels a slot else: it was meant for a call before, or was let out of one.
