@@ -24,7 +24,7 @@ results tell how it is. It says how much is asked of us, and a pause would not m
 
 Where the worker has another call waiting, its mail is begun behind this one's dot (`SendCall.following`):
 one write and one answer less for each mail, which is what a small one costs most. It is done behind
-servers that answer quickly, and no more once a connection was lost, or fell silent, over it.
+servers that answer quickly, and for a while no more where a connection was lost, or fell silent, over it.
 
 SMTPUTF8 (RFC 6531): where an address in the header or the sender's is not ASCII, nobody can get
 this mail here, since changing the header is not ours. Where only a recipient in Bcc is not, that
@@ -82,6 +82,7 @@ log = logging.getLogger(__name__)
 
 _QUICK_S = 0.1
 """Behind the dot of a server that takes longer for its answer no other mail is made to wait."""
+_BEGIN_NONE_S = 600.0
 _ANSWER_SHARE = 0.25
 """Of the attempt's time, for the answer to the dot at the least (RFC 5321, 4.5.3.2.6, has ten
 minutes): who leaves before it is in doubt."""
@@ -100,7 +101,7 @@ class SmtpProvider:
         self._slots = asyncio.Semaphore(concurrency)
         self._attempt_timeout_s = attempt_timeout_s
         self._begun: dict[uuid.UUID, _Begun] = {}  # by the call_id
-        self._begins = True
+        self._begins_at = float("-inf")
 
     @classmethod
     def from_url(cls, url: ChannelUrl, concurrency: int, attempt_timeout_s: float) -> SmtpProvider:
@@ -159,12 +160,16 @@ class SmtpProvider:
                 try:
                     results = await self._transact(wire, mail, deadline, begun)
                 except Stale:
+                    if begun:
+                        self._begin_none()
                     wire = await self.pool.connect(deadline)
                     results = await self._transact(wire, mail, deadline)
             except BaseException:
                 wire.abort()
                 raise
-            passed_on = self._is_passed_on(wire, results[0], is_begun=begun is not None)
+            if begun and results[0].cause is Cause.TIMEOUT:
+                self._begin_none()
+            passed_on = self._is_passed_on(wire, results[0])
             if not passed_on:
                 self.pool.give_back(wire)
         except HandshakeFailed as failed:
@@ -196,9 +201,11 @@ class SmtpProvider:
 
     def _begin(self, wire: SmtpWire, call: SendCall) -> Mail | None:
         """The mail to begin behind that of `call`, if there is one for which it is worth it."""
-        if not (self._begins and wire.pipelines and wire.answer_s < _QUICK_S):
+        if not wire.pipelines or wire.answer_s > _QUICK_S or wire.mails >= self.server.max_mails:
             return None
-        if wire.mails >= self.server.max_mails or (following := call.following()) is None:
+        if asyncio.get_running_loop().time() < self._begins_at:
+            return None
+        if (following := call.following()) is None:
             return None
         try:
             mail = _rendered(following)
@@ -210,18 +217,18 @@ class SmtpProvider:
         self._begun[following.call_id] = _Begun(mail, wire, fitted)
         return fitted
 
-    def _is_passed_on(self, wire: SmtpWire, result: Result, *, is_begun: bool) -> bool:
-        """Whether the wire goes on with the mail that was begun behind the one with this result."""
-        was_lost = result.outcome is Outcome.UNKNOWN and wire.begun is not None
-        if self._begins and (was_lost or (is_begun and result.cause is Cause.TIMEOUT)):
-            self._begins = False
-            log.warning(
-                "%s may not bear what RFC 2920 allows it to be sent: mails wait for their turn now",
-                self.server,
-            )
+    def _is_passed_on(self, wire: SmtpWire, result: Result) -> bool:
+        """Whether the wire goes on with a mail that was begun behind the one with this result."""
         if wire.begun is not None and not wire.is_alive:
             wire.begun = None
+            if result.outcome is Outcome.UNKNOWN:
+                self._begin_none()
         return wire.begun is not None
+
+    def _begin_none(self) -> None:
+        """Let mails wait for their turn for a while."""
+        self._begins_at = asyncio.get_running_loop().time() + _BEGIN_NONE_S
+        log.info("%s hung up, or fell silent, with a mail begun behind another", self.server)
 
     async def probe(self) -> str:
         """Connect and log in, without a mail."""

@@ -12,8 +12,9 @@ buffer of ours keeps the dot back after it (under TLS the socket's own 64 KiB ma
 
 The envelope of the next mail may go out behind the dot, in the same write (RFC 2920, 3.1, names this
 very case), where somebody has one ready and the server pipelines. It gives nothing of the next mail
-away: until that one's own dot nothing was taken of it, and where the connection is lost it begins
-again on another.
+away: until that one's own dot nothing was taken of it, and whatever goes wrong with its MAIL it begins
+again on another connection. So it does where this one's content was refused: a server that refuses before
+it has read may take the rest for commands, and answer these.
 
 What can go wrong.
 - Recipients are refused one by one: the mail goes on to the others.
@@ -185,11 +186,13 @@ async def _first_reply(wire: SmtpWire, mail: Mail, is_reused: bool, deadline: fl
             wire.write(mail.commands[0])
         reply = await wire.reply(deadline)
     except WireBroken as broken:
-        if is_reused and broken.cause is Cause.CONNECTION:
+        lost = broken.cause is Cause.CONNECTION or (is_begun and broken.cause is Cause.PROVIDER)
+        if is_reused and lost:
             raise Stale from broken
         raise
-    refuses = not reply.is_positive
-    if refuses and is_reused and (reply.code == 421 or result_of(reply, Stage.MAIL).of_channel):
+    if not reply.is_positive and (
+        is_begun or (is_reused and (reply.code == 421 or result_of(reply, Stage.MAIL).of_channel))
+    ):
         wire.abort()
         raise Stale
     return _unless_leaving(wire, reply, Stage.MAIL)
@@ -267,7 +270,7 @@ async def _send_content(
         return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)
     failpoints.reach("smtp.answered")
     wire.answer_s = clock() - dotted_at
-    if reply.code == 421 or 300 <= reply.code < 400:
+    if reply.code == 421 or 300 <= reply.code < 400 or (wire.begun and not reply.is_positive):
         wire.abort()
     return result_of(reply, Stage.CONTENT)
 

@@ -323,5 +323,7 @@ async def test_smtp_gives_the_answer_to_the_dot_a_time_of_its_own(left_s: float)
     """However much of the attempt the content took: to leave at once would be to be in doubt."""
     wire = _OpenWire()
     deadline = asyncio.get_running_loop().time() + left_s
-    await smtp_session._send_content(wire, b"x\r\n", lambda: True, deadline, 100.0, smtp_session.nothing)  # type: ignore[arg-type]
+    await smtp_session._send_content(
+        wire, b"x\r\n", lambda: True, deadline, 100.0, smtp_session.nothing
+    )  # type: ignore[arg-type]
     assert wire.until >= deadline + 95.0 if left_s == 5.0 else wire.until == deadline

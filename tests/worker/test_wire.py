@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mailgrpc.core.delivery import Mode, Result, State
+from mailgrpc.core.delivery import Cause, Mode, Outcome, Result, State
 from mailgrpc.db.deliveries import Started
 from mailgrpc.db.engine import Database
 from mailgrpc.providers.capture import CaptureProvider
@@ -90,3 +90,78 @@ async def test_the_faster_a_channel_is_the_more_is_started_ahead(
                 pace.look()
             assert room(Mode.RETRYING) == 8 + ahead
             assert room(Mode.SEND_ONCE) == 8
+
+
+class Eager(CaptureProvider):
+    """Asks at each call for the one behind it; `answers` are given first, and `hold` holds calls up."""
+
+    def __init__(self, *answers: Result) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, str]] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self._answers = list(answers)
+
+    async def send(self, call: SendCall) -> list[Result]:
+        following = call.following()
+        assert call.following() is None, "one is enough"
+        self.asked.append((_to(call), _to(following) if following else ""))
+        await self.hold.wait()
+        if self._answers:
+            return [self._answers.pop(0)] * len(call.addressees)
+        return await super().send(call)
+
+
+def _to(call: SendCall) -> str:
+    return call.addressees[0].recipient.address.partition("@")[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        pytest.param(Mode.RETRYING, [("a0", "a1"), ("a1", "a2"), ("a2", "")], id="RETRYING"),
+        pytest.param(Mode.SEND_ONCE, [("a0", ""), ("a1", ""), ("a2", "")], id="SEND_ONCE"),
+    ],
+)
+async def test_a_call_that_was_asked_for_comes_next_and_none_behind_a_send_once(
+    db: Database, store: Store, clock: Clock, mode: Mode, expected: list[tuple[str, str]]
+) -> None:
+    await store.put_many([[f"a{n}@example.com"] for n in range(3)], mode=mode)
+    async with Part(db, clock, provider := Eager(), concurrency=1) as part:
+        await part.work()
+    assert provider.asked == expected
+
+
+async def test_a_call_that_was_begun_is_made_though_the_channel_pauses_meanwhile(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    refused = Result(Outcome.DEFERRED, Cause.CONNECTION, text="refused", of_channel=True)
+    messages = await store.put_many([[f"a{n}@example.com"] for n in range(3)])
+    async with Part(db, clock, provider := Eager(refused), concurrency=1) as part:
+        await part.work()
+        assert provider.asked[:2] == [("a0", "a1"), ("a1", "")]
+        assert await store.state(messages[0]) is State.DEFERRED
+        assert await store.state(messages[1]) is State.SENT
+
+
+async def test_a_call_that_was_begun_and_is_abandoned_was_not_sent(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    """The one under way is in doubt, which the reaper says; the one behind it is not."""
+    messages = await store.put_many([[f"a{n}@example.com"] for n in range(3)])
+    async with Part(db, clock, provider := Eager(), concurrency=1) as part:
+        provider.hold.clear()
+        drained = asyncio.create_task(part.drain.drain_once())
+        while not provider.asked:
+            await asyncio.sleep(0.001)
+        await drained
+        await part.drain.abandon()
+        await part.recorder.drain()
+        states = [await store.state(message) for message in messages]
+        assert states == [State.SENDING, State.DEFERRED, State.DEFERRED]
+        for message in messages[1:]:
+            delivery = await store.delivery(message)
+            assert delivery.last_result is not None
+            assert delivery.last_result.cause is Cause.WORKER_LOST
+            assert not delivery.possibly_sent
+        assert part.drain._wire.calls == 0
