@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from typing import TypeVar
 
@@ -115,9 +116,13 @@ def _checked_message(raw: MailMessage, found: list[Violation]) -> MailMessage:
     )
 
 
+_known_address = lru_cache(maxsize=256)(parse_address)
+"""For senders, of which there are few."""
+
+
 def _checked_mailbox(field: str, raw: Mailbox, found: list[Violation]) -> Mailbox:
     try:
-        address = parse_address(raw.address).address
+        address = _known_address(raw.address).address
     except AddressError as error:
         found.append(Violation(f"{field}.address", error.reason, error.description))
         address = raw.address

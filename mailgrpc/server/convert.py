@@ -193,17 +193,25 @@ def message_filter(field: str, f: delivery_pb2.MessageFilter) -> Filter:
 _STATES = frozenset(int(state) for state in State)
 
 
-def unknown_field(request: Message, prefix: str = "") -> str | None:
-    """The path of a field that this version does not know; None where there is none.
+def refuse_unknown_fields(request: Message) -> int:
+    """Raise InvalidRequest for the first field that this version does not know; else its bytes.
 
     Two sizes are compared before anything is walked: the walk is for requests that are refused.
     """
-    known = type(request)()
-    known.CopyFrom(request)
-    known.DiscardUnknownFields()
-    if known.ByteSize() == request.ByteSize():
-        return None
-    return _walk_unknown(request, prefix)
+    data = request.SerializeToString()
+    request.DiscardUnknownFields()
+    if request.ByteSize() != len(data):
+        request.ParseFromString(data)
+        if (path := _walk_unknown(request, "")) is not None:
+            raise InvalidRequest(unknown_violation(path))
+    return len(data)
+
+
+def unknown_violation(path: str) -> Violation:
+    """That a field of the request is not known here."""
+    return Violation(
+        path, Reason.UNKNOWN_FIELD, "this server does not know this field and will not ignore it"
+    )
 
 
 def unknown_number(request: Message) -> str | None:

@@ -128,8 +128,7 @@ class Enqueue:
     def _take_in(self, asked: _Asked) -> None:
         """See one request taken in. Raises RequestError for what is wrong with it by itself."""
         project_id, request = asked.project_id, asked.request
-        if (unknown := convert.unknown_field(request)) is not None:
-            raise InvalidRequest(unknown_violation(unknown))
+        size = convert.refuse_unknown_fields(request)
         submission = checked_submission(convert.submission(request))
         new = self._admitted(project_id, submission, datetime.now(UTC))
         if isinstance(new, InvalidRequest):
@@ -137,7 +136,7 @@ class Enqueue:
         elif submission.validate_only:
             asked.answer.set_result(partial(self._foreseen, new))
         else:
-            self._intake.put(new, request.ByteSize(), asked.answer)
+            self._intake.put(new, size, asked.answer)
 
     def _admitted(
         self, project_id: int, submission: Submission, now: datetime
@@ -243,17 +242,10 @@ def _plain(taken: Accepted, token: str) -> pb.EnqueueResponse:
     )
 
 
-def unknown_violation(path: str) -> Violation:
-    """That a field of the request is not known here."""
-    return Violation(
-        path, Reason.UNKNOWN_FIELD, "this server does not know this field and will not ignore it"
-    )
-
-
 def _check_batch(request: pb.EnqueueBatchRequest) -> None:
     """Refuse what is wrong with the batch itself; what an item says is that item's error."""
     if (unknown := convert.unknown_number(request)) is not None:
-        raise InvalidRequest(unknown_violation(unknown))
+        raise InvalidRequest(convert.unknown_violation(unknown))
     if not request.requests:
         raise InvalidRequest(Violation("requests", Reason.REQUIRED, "at least one is needed"))
     if len(request.requests) > MAX_BATCH_MESSAGES:

@@ -29,7 +29,7 @@ from mailgrpc.errors import (
 from mailgrpc.providers.provider import Provider
 from mailgrpc.server import convert
 from mailgrpc.server.clear import Clear
-from mailgrpc.server.enqueue import Enqueue, unknown_violation
+from mailgrpc.server.enqueue import Enqueue
 from mailgrpc.server.feed import Feed
 from mailgrpc.server.filters import checked_filter
 from mailgrpc.server.intake import Intake
@@ -164,19 +164,19 @@ class MailService(mail_service_pb2_grpc.MailServiceServicer):
 
     async def Resend(self, request: pb.ResendRequest, context: Any) -> pb.ResendResponse:
         """Force one more attempt."""
-        _refuse_unknown_fields(request)
+        convert.refuse_unknown_fields(request)
         return await self._resend.run(current_caller(), request)
 
     async def Clear(self, request: pb.ClearRequest, context: Any) -> pb.ClearResponse:
         """Remove messages that have ended."""
-        _refuse_unknown_fields(request)
+        convert.refuse_unknown_fields(request)
         return await self._clear.run(current_caller(), request)
 
     async def UpdatePrefs(
         self, request: pb.UpdatePrefsRequest, context: Any
     ) -> pb.UpdatePrefsResponse:
         """Set or change what an address refuses."""
-        _refuse_unknown_fields(request)
+        convert.refuse_unknown_fields(request)
         return await self._preferences.update(current_caller(), request)
 
     async def GetPrefs(self, request: pb.GetPrefsRequest, context: Any) -> pb.GetPrefsResponse:
@@ -241,8 +241,3 @@ def _check_snapshot(request: pb.WatchStatusRequest, wanted: Filter) -> None:
     if request.snapshot == pb.SNAPSHOT_ALL and not narrowed:
         text = "SNAPSHOT_ALL needs message_ids, correlation_ids, recipients or created_after"
         raise InvalidRequest(Violation("filter", Reason.FILTER_TOO_WIDE, text))
-
-
-def _refuse_unknown_fields(request: Any) -> None:
-    if (unknown := convert.unknown_field(request)) is not None:
-        raise InvalidRequest(unknown_violation(unknown))

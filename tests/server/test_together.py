@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from mailgrpc.server import together as together_module
 from mailgrpc.server.together import FULL, Together
 
 
@@ -22,10 +25,33 @@ async def test_what_comes_in_the_same_turns_is_worked_through_together_and_in_or
     assert worked == [[0, 1, 2, 3, 4]]
 
 
-async def test_who_comes_alone_waits_for_some_turns_only() -> None:
+async def test_who_comes_alone_waits_for_some_turns_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together_module, "_IDLE_TURN_S", 1.0)
     worked: list[list[int]] = []
     Together(worked.append).add(1)
     await some_turns(20)
+    assert worked == [[1]]
+
+
+@pytest.mark.parametrize(("idle_turn_s", "expected"), [(0.0, [[1, 2]]), (1.0, [[1], [2]])])
+async def test_turns_with_other_work_are_waited_through(
+    monkeypatch: pytest.MonkeyPatch, idle_turn_s: float, expected: list[list[int]]
+) -> None:
+    monkeypatch.setattr(together_module, "_IDLE_TURN_S", idle_turn_s)
+    worked: list[list[int]] = []
+    together = Together(worked.append)
+    together.add(1)
+    await some_turns(25)
+    together.add(2)
+    await some_turns(100)
+    assert worked == expected
+
+
+async def test_other_work_without_end_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together_module, "_IDLE_TURN_S", 0.0)
+    worked: list[list[int]] = []
+    Together(worked.append).add(1)
+    await some_turns(50)
     assert worked == [[1]]
 
 
