@@ -55,8 +55,8 @@ _DEFAULTS = {
     "min_wal_size": "48MB",
     # The queue is small, and all of it changes all the time: look often.
     "autovacuum_naptime": "15s",
-    # All else is written once. While it is small it grows by a fifth from one look to the next, and
-    # would be read through at each, for statistics by which hardly a statement here is planned.
+    # All else only grows. While it is small it does by a fifth from one look to the next, and would be
+    # read through at each, for statistics by which hardly a statement here is planned.
     "autovacuum_vacuum_insert_threshold": "100000",
     "autovacuum_analyze_threshold": "100000",
     "default_statistics_target": "30",

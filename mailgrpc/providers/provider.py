@@ -69,8 +69,9 @@ class SendCall:
 
     `rfc_message_id` is the Message-ID header with its angle brackets, the same in every attempt.
     `created_at` is when the message was accepted: the Date header, the same in every attempt.
-    `following` gives the call that will be made right after this one whatever comes of it, where one
-    waits: a provider may begin it while it waits for this one's answer.
+    `following` gives a call that waits behind this one, if any, and only once: a provider may begin it
+    while it waits for this one's answer. It is made by the same task, right after this one; where this one
+    takes long, by another and before it has ended; or, at the end of the process, not at all.
     """
 
     call_id: uuid.UUID

@@ -23,8 +23,8 @@ That no connection was free is not of the channel: all of them are at work on ot
 results tell how it is. It says how much is asked of us, and a pause would not make that less.
 
 Where the worker has another call waiting, its mail is begun behind this one's dot (`SendCall.following`):
-one write and one answer less for each mail, which is what a small one costs most. It is done behind
-servers that answer quickly, and for a while no more where a connection was lost, or fell silent, over it.
+one write and one answer less for each mail, which is what a small one costs most. It is done on connections
+whose last answer came quickly, and for a while no more where a server does not bear it.
 
 SMTPUTF8 (RFC 6531): where an address in the header or the sender's is not ASCII, nobody can get
 this mail here, since changing the header is not ours. Where only a recipient in Bcc is not, that
@@ -81,7 +81,7 @@ from mailgrpc.providers.smtp_wire import SmtpWire
 log = logging.getLogger(__name__)
 
 _QUICK_S = 0.1
-"""Behind the dot of a server that takes longer for its answer no other mail is made to wait."""
+"""Where the last answer to a dot took longer, no other mail is begun behind the next one."""
 _BEGIN_NONE_S = 600.0
 _ANSWER_SHARE = 0.25
 """Of the attempt's time, for the answer to the dot at the least (RFC 5321, 4.5.3.2.6, has ten
@@ -132,12 +132,14 @@ class SmtpProvider:
         """One transaction. See the module for what each failure becomes."""
         deadline = asyncio.get_running_loop().time() + self._attempt_timeout_s
         begun = self._begun.pop(call.call_id, None)
+        if begun is not None and begun.is_ready:  # the slot of the mail before is its slot
+            return await self._send(begun.mail, deadline, begun)
+        if begun is not None:
+            self._begin_again(begun)
         try:
             mail = begun.mail if begun else _rendered(call)
         except ValueError as error:
             return everyone(call, Result(Outcome.REJECTED, Cause.CONTENT, text=str(error)))
-        if begun is not None and begun.is_out:  # the slot of the mail before is its slot
-            return await self._send(mail, deadline, begun)
         try:
             if self._slots.locked():
                 async with asyncio.timeout_at(deadline):
@@ -156,20 +158,21 @@ class SmtpProvider:
         passed_on = False
         try:
             wire = begun.wire if begun else await self.pool.take(deadline)
+            stale: Stale | None = None
             try:
                 try:
                     results = await self._transact(wire, mail, deadline, begun)
-                except Stale:
-                    if begun:
-                        self._begin_none()
+                except Stale as error:
+                    stale = error
                     wire = await self.pool.connect(deadline)
                     results = await self._transact(wire, mail, deadline)
             except BaseException:
+                wire.begun = None  # the slot is given back here
                 wire.abort()
                 raise
-            if begun and results[0].cause is Cause.TIMEOUT:
+            if begun is not None and _is_blamed(stale, results):
                 self._begin_none()
-            passed_on = self._is_passed_on(wire, results[0])
+            passed_on = self._pass_on(wire, results)
             if not passed_on:
                 self.pool.give_back(wire)
         except HandshakeFailed as failed:
@@ -186,6 +189,7 @@ class SmtpProvider:
         refusals, fitted = ([], begun.fitted) if begun else _fitted(wire, mail)
         if fitted is None:
             return [refusal for refusal in refusals if refusal is not None]
+        wire.is_held = True
         results = await transact(
             wire,
             fitted,
@@ -205,30 +209,44 @@ class SmtpProvider:
             return None
         if asyncio.get_running_loop().time() < self._begins_at:
             return None
-        if (following := call.following()) is None:
-            return None
         try:
+            following = call.following()
+            if following is None:
+                return None
             mail = _rendered(following)
-        except ValueError:  # its own turn tells
+            refusals, fitted = _fitted(wire, mail)
+        except Exception:  # noqa: BLE001  its own turn tells; the mail before has nothing to do with it
             return None
-        refusals, fitted = _fitted(wire, mail)
         if fitted is None or any(refusals):
             return None
         self._begun[following.call_id] = _Begun(mail, wire, fitted)
         return fitted
 
-    def _is_passed_on(self, wire: SmtpWire, result: Result) -> bool:
-        """Whether the wire goes on with a mail that was begun behind the one with this result."""
-        if wire.begun is not None and not wire.is_alive:
+    def _pass_on(self, wire: SmtpWire, results: Sequence[Result]) -> bool:
+        """Leave the wire, and the slot, to the mail that was begun behind the one with these results.
+
+        Whether there is one, and the connection still stands.
+        """
+        if wire.begun is None:
+            return False
+        if not wire.is_alive:
             wire.begun = None
-            if result.outcome is Outcome.UNKNOWN:
+            if any(result.outcome is Outcome.UNKNOWN for result in results):
                 self._begin_none()
-        return wire.begun is not None
+            return False
+        wire.is_held = False
+        return True
+
+    def _begin_again(self, begun: _Begun) -> None:
+        """Have a mail that was to be begun behind another begin by itself."""
+        if begun.wire.begun is begun.fitted:  # its turn came before the other has its answer
+            begun.wire.begun = None  # the connection ends with that one
+            self._begin_none()
 
     def _begin_none(self) -> None:
         """Let mails wait for their turn for a while."""
         self._begins_at = asyncio.get_running_loop().time() + _BEGIN_NONE_S
-        log.info("%s hung up, or fell silent, with a mail begun behind another", self.server)
+        log.info("%s does not bear mails that are begun behind others, or not now", self.server)
 
     async def probe(self) -> str:
         """Connect and log in, without a mail."""
@@ -269,9 +287,21 @@ class _Begun:
     fitted: Mail
 
     @property
-    def is_out(self) -> bool:
-        """Whether it did, and the connection waits for the rest."""
-        return self.wire.begun is self.fitted
+    def is_ready(self) -> bool:
+        """Whether it did, and nobody else is at work on the connection any more."""
+        return self.wire.begun is self.fitted and not self.wire.is_held
+
+
+def _is_blamed(stale: Stale | None, results: Sequence[Result]) -> bool:
+    """Whether it was for being begun behind another that a mail came to this.
+
+    Not where the server limits the mails of a connection (421), nor where it refuses this mail alone too.
+    """
+    if stale is None:
+        return any(r.outcome is Outcome.DEFERRED and r.cause is Cause.TIMEOUT for r in results)
+    if stale.reply is None:
+        return True
+    return stale.reply.code != 421 and any(r.outcome is Outcome.ACCEPTED for r in results)
 
 
 def _rendered(call: SendCall) -> _Rendered:

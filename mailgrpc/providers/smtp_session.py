@@ -12,9 +12,11 @@ buffer of ours keeps the dot back after it (under TLS the socket's own 64 KiB ma
 
 The envelope of the next mail may go out behind the dot, in the same write (RFC 2920, 3.1, names this
 very case), where somebody has one ready and the server pipelines. It gives nothing of the next mail
-away: until that one's own dot nothing was taken of it, and whatever goes wrong with its MAIL it begins
-again on another connection. So it does where this one's content was refused: a server that refuses before
-it has read may take the rest for commands, and answer these.
+away: until that one's own dot nothing was taken of it, and where its MAIL is refused, or the connection
+lost over it, it begins again on another connection. A server that refuses content before it has read it
+may take the rest for commands: the first it would answer is a line of a header, and that is no MAIL. What
+nobody can tell is whether a server leaves out its answer to the dot altogether: the answer to the next
+MAIL is taken for it then.
 
 What can go wrong.
 - Recipients are refused one by one: the mail goes on to the others.
@@ -63,7 +65,14 @@ _PATH = re.compile(r"""(?:"[^\x00-\x1f\x7f]*"|[^\x00-\x20\x7f<>"]+)@[^\x00-\x20\
 
 
 class Stale(Exception):
-    """A connection used before was found dead before the server took in anything of this mail."""
+    """A connection used before is of no use for this mail, of which the server took in nothing.
+
+    `reply` is what it said to MAIL; None: the connection was lost.
+    """
+
+    def __init__(self, reply: Reply | None = None) -> None:
+        super().__init__("the connection was lost" if reply is None else reply.text)
+        self.reply = reply
 
 
 @value
@@ -123,7 +132,7 @@ async def transact(
 
     `deadline` (a time of the loop) bounds the whole, but for the answer to the dot, which is awaited
     for `answer_s` at the least. `following` is asked right before the dot for the mail to begin
-    behind it. Raises Stale alone. Afterwards the wire is ready for the next mail, or for that which
+    behind it, and must not raise. Raises Stale alone. Afterwards the wire is ready for the next mail, or for that which
     was begun and no other (`wire.begun`), or no longer usable.
     """
     verdicts: list[Result | None] = [None] * (len(mail.commands) - 2)
@@ -194,7 +203,7 @@ async def _first_reply(wire: SmtpWire, mail: Mail, is_reused: bool, deadline: fl
         is_begun or (is_reused and (reply.code == 421 or result_of(reply, Stage.MAIL).of_channel))
     ):
         wire.abort()
-        raise Stale
+        raise Stale(reply)
     return _unless_leaving(wire, reply, Stage.MAIL)
 
 
@@ -270,7 +279,7 @@ async def _send_content(
         return Result(Outcome.UNKNOWN, broken.cause, text=broken.text)
     failpoints.reach("smtp.answered")
     wire.answer_s = clock() - dotted_at
-    if reply.code == 421 or 300 <= reply.code < 400 or (wire.begun and not reply.is_positive):
+    if reply.code == 421 or 300 <= reply.code < 400:
         wire.abort()
     return result_of(reply, Stage.CONTENT)
 

@@ -53,6 +53,7 @@ class SmtpWire(asyncio.Protocol):
         self.answer_s = math.inf  # how long the last final dot waited for its answer
         self.begun: object | None = None
         """The mail whose envelope went out behind the last one's dot, and whose turn is next."""
+        self.is_held = False  # by a transaction
         self.idle_since = 0.0
         self._transport = transport
         self._loop = asyncio.get_running_loop()

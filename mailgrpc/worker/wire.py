@@ -8,7 +8,8 @@ expected by the recorder until it is recorded: whatever else runs in our name is
 How. What was started ahead waits in a line. A slot is a task that goes from one call of the line to
 the next and ends when there is none: a task for each call would cost a tenth of what a call does. While
 a provider waits for the answer to one call it may ask for the next of this slot, to begin it already
-(`SendCall.following`); it is made then whatever the channel comes to meanwhile, as any call under way.
+(`SendCall.following`). That is under way then: it is made though the channel begins to pause, and tells no
+more about it than what was asked before the pause. Where its turn does not come soon it goes back to the line.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ STARTED_AHEAD = 128
 """At the least, of what may wait: until its pace is known, a channel is not kept waiting for starts."""
 MAX_UNRECORDED = 2000
 _NO_PAUSE = timedelta()
+_BOUND_S = 1.0
+"""How long a call may be bound to the one before it: no mail is to be held up by another."""
+_SMALL = 64 * 1024  # characters of a text or HTML that is rendered while another mail waits
 _IN_A_ROW = 2
 """Calls of one slot, after which it waits for a turn. All slots go on in the same one: there are dozens."""
 
@@ -52,42 +56,22 @@ class _Call:
     probe: asyncio.Future[None] | None  # done when the call has ended
     asked: SendCall | Result | None = None
     """What the provider is asked, or why it is not: set before its turn where it was asked for."""
+    asked_at: float = 0.0  # when that was
 
 
 class _Slot:
-    """One connection's worth of a line: the call under way, and that which was asked for behind it."""
+    """The call under way on one connection's worth of a line, and that which was asked for behind it."""
 
-    __slots__ = ("_line", "_may_follow", "call", "upcoming")
+    __slots__ = ("_wire", "call", "upcoming")
 
-    def __init__(self, line: deque[_Call], may_follow: Callable[[_Call, _Call], bool]) -> None:
-        self._line = line
-        self._may_follow = may_follow
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
         self.call: _Call | None = None
         self.upcoming: _Call | None = None
 
-    def next_call(self) -> _Call | None:
-        """The call whose turn it is, if there is one."""
-        if self.call is not None:
-            self.call.asked = None  # which holds us, and a mail
-        self.call, self.upcoming = self.upcoming, None
-        if self.call is None and self._line:
-            self.call = self._line.popleft()
-        return self.call
-
     def follow(self) -> SendCall | None:
         """The call that comes next here, for a provider that can begin it already."""
-        call = self.call
-        if call is None or self.upcoming is not None:
-            return None
-        if not self._line or not self._may_follow(call, self._line[0]):
-            return None
-        self.upcoming = self._line.popleft()
-        self.upcoming.asked = asked = self.asked(self.upcoming)
-        return asked if isinstance(asked, SendCall) else None
-
-    def asked(self, call: _Call) -> SendCall | Result:
-        """What the provider is asked, or what comes of it without."""
-        return call_of(call.group, call.started, call.last_look, self.follow)
+        return self._wire.bind_next(self)
 
 
 class Wire:
@@ -115,6 +99,9 @@ class Wire:
         self._rng = rng
         self._line: deque[_Call] = deque()
         self._slots: set[asyncio.Task[None]] = set()
+        self._coming = 0  # slots that have not looked at the line yet
+        self._bound: set[_Slot] = set()  # those with an upcoming call
+        self._recall_timer: asyncio.TimerHandle | None = None
         self._asking = 0  # calls of the provider that are under way
         self.calls = 0
         """These, and those in the line."""
@@ -154,9 +141,14 @@ class Wire:
         self._recorder.expect((s.attempt_id, s.delivery.delivery_id) for s in started)
         self.calls += 1
         self._line.append(_Call(group, started, last_look, probe))
+        self._staff()
+
+    def _staff(self) -> None:
+        """See that somebody comes for what was put into the line."""
         if len(self._slots) < self._concurrency:
             task = asyncio.get_running_loop().create_task(self._work())
             self._slots.add(task)
+            self._coming += 1
             task.add_done_callback(self._slots.discard)
 
     async def settle(self) -> None:
@@ -180,10 +172,11 @@ class Wire:
 
     async def _work(self) -> None:
         """One slot: call after call of the line."""
-        slot = _Slot(self._line, self._may_follow)
+        self._coming -= 1
+        slot = _Slot(self)
         try:
             calls = 0
-            while call := slot.next_call():
+            while call := self._next_call(slot):
                 calls += 1
                 try:
                     await self._send(call, slot)
@@ -196,23 +189,76 @@ class Wire:
         finally:
             if slot.upcoming is not None:
                 self._give_up(slot.upcoming)
+            self._bound.discard(slot)
             # In the same turn as the last look at the line: what comes next finds the slot free.
             self._slots.discard(asyncio.current_task())
+
+    def _next_call(self, slot: _Slot) -> _Call | None:
+        """The call whose turn it is on a slot, if there is one."""
+        if slot.call is not None:
+            slot.call.asked = None  # which holds the slot, and a mail
+        slot.call, slot.upcoming = slot.upcoming, None
+        if slot.call is not None:
+            self._bound.discard(slot)
+        elif self._line:
+            slot.call = self._line.popleft()
+        return slot.call
+
+    def bind_next(self, slot: _Slot) -> SendCall | None:
+        """Bind the next call of the line to a slot, where no other slot would make it now."""
+        call = slot.call
+        if call is None or slot.upcoming is not None or len(self._line) <= self._coming:
+            return None
+        if not self._may_follow(call, self._line[0]):
+            return None
+        slot.upcoming = self._line.popleft()
+        slot.upcoming.asked = asked = self._asked(slot.upcoming, slot)
+        slot.upcoming.asked_at = self._breaker.now()
+        self._bound.add(slot)
+        if self._recall_timer is None:
+            self._plan_recall()
+        return asked if isinstance(asked, SendCall) else None
+
+    def _plan_recall(self) -> None:
+        self._recall_timer = asyncio.get_running_loop().call_later(_BOUND_S, self._recall)
+
+    def _recall(self) -> None:
+        """Put back into the line what has been bound for long: another slot may be free for it."""
+        self._recall_timer = None
+        if self._abandoned:
+            return
+        before = self._breaker.now() - _BOUND_S
+        for slot in [s for s in self._bound if s.upcoming and s.upcoming.asked_at <= before]:
+            call, slot.upcoming = slot.upcoming, None
+            self._bound.discard(slot)
+            if call is not None:
+                call.asked = None
+                self._line.appendleft(call)
+                self._staff()
+        if self._bound:
+            self._plan_recall()
 
     def _may_follow(self, call: _Call, upcoming: _Call) -> bool:
         """Whether it may be begun behind this one.
 
-        Behind a SEND_ONCE nothing is: it must not be what makes a server hang up on it. And nothing
-        large, whose making would keep the one before waiting.
+        Behind a SEND_ONCE nothing is: it must not be what makes a server hang up on it. Nor is one put
+        behind another, for it was started because a slot was free. And nothing large, whose making would
+        keep the one before waiting.
         """
         content = upcoming.group.content
+        message = content.message if content else None
         return (
             call.group.mode is Mode.RETRYING
+            and upcoming.group.mode is Mode.RETRYING
             and self._breaker.is_closed
-            and content is not None
-            and content.message is not None
-            and not content.message.attachments
+            and message is not None
+            and not message.attachments
+            and len(message.text) + len(message.html) <= _SMALL
         )
+
+    def _asked(self, call: _Call, slot: _Slot) -> SendCall | Result:
+        """What the provider is asked, or what comes of it without."""
+        return call_of(call.group, call.started, call.last_look, slot.follow)
 
     async def _let_others_on(self) -> None:
         """Wait for one turn of the loop.
@@ -249,7 +295,7 @@ class Wire:
         if reason is not None and call.probe is None and call.asked is None:
             results = [_not_asked(reason)] * len(started)
         else:
-            asked_at = self._breaker.now()
+            asked_at = call.asked_at if call.asked else self._breaker.now()
             results = await self._ask(call, slot)
             failpoints.reach("drain.sent")
             self._breaker.note(_telling(results), asked_at, self._asking)
@@ -261,7 +307,7 @@ class Wire:
         self._recorder.put([self._end(s, r, policy) for s, r in zip(started, results, strict=True)])
 
     async def _ask(self, call: _Call, slot: _Slot) -> list[Result]:
-        asked = call.asked or slot.asked(call)
+        asked = call.asked or self._asked(call, slot)
         if isinstance(asked, Result):
             return [asked] * len(call.started)
         self._asking += 1

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mailgrpc.core.message import Attachment, MailMessage, Recipient
+from mailgrpc.providers import smtp as smtp_module
 from mailgrpc.providers.provider import SendCall
 from mailgrpc.providers.smtp import SmtpProvider
 
@@ -172,7 +174,8 @@ async def is_begun(provider: SmtpProvider, call: SendCall) -> bool:
     following = call_to(BOB)
     call, _ = begun_behind(call, following)
     await provider.send(call)
-    was_begun = following.call_id in provider._begun and provider._begun[following.call_id].is_out
+    begun = provider._begun.get(following.call_id)
+    was_begun = begun is not None and begun.is_ready
     assert await send(provider, following) == ACCEPTED
     return was_begun
 
@@ -237,6 +240,81 @@ async def test_not_a_mail_that_cannot_be_rendered() -> None:
         assert await send(provider, broken) == "REJECTED CONTENT"
 
 
+async def test_not_a_mail_that_breaks_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It breaks in its own turn, and alone."""
+    rendered = smtp_module.render
+
+    def render(mail: MailMessage, **named: Any) -> bytes:
+        if mail.subject == "poison":
+            raise TypeError
+        return rendered(mail, **named)
+
+    monkeypatch.setattr(smtp_module, "render", render)
+    async with smtp(peer := SmtpPeer()) as provider:
+        await warm(provider, peer)
+        poison = call_of(message(BOB, subject="poison"))
+        ann, asked = begun_behind(call_to(ANN), poison)
+        assert await send(provider, ann) == ACCEPTED
+        assert asked == [poison]
+        with pytest.raises(TypeError):
+            await provider.send(poison)
+        assert taken(peer) == [[ANN]]
+        assert provider._slots._value == 2
+
+
+async def test_a_mail_behind_one_that_waits_long_for_its_answer_goes_elsewhere() -> None:
+    async with smtp(peer := SmtpPeer()) as provider:
+        await warm(provider, peer)
+        peer.script = {"DOT": [STALL]}
+        bob = call_to(BOB)
+        ann, _ = begun_behind(call_to(ANN), bob)
+        task = asyncio.create_task(send(provider, ann))
+        async with asyncio.timeout(LONG_S):
+            while not peer.silences:
+                await asyncio.sleep(0.001)
+        assert await send(provider, bob) == ACCEPTED
+        assert taken(peer) == [[ANN], [BOB]]
+        await peer.drop_connections()
+        assert await task == "UNKNOWN CONNECTION"
+        assert provider._slots._value == 2
+        assert not await is_begun(provider, call_to(ANN))
+
+
+@pytest.mark.parametrize(
+    ("script", "is_blamed"),
+    [
+        ({"MAIL": [FINE["MAIL"], LEAVING]}, False),  # so many mails and no more on a connection
+        ({"MAIL": [FINE["MAIL"], NEVER, NEVER]}, False),  # refused alone too
+        ({"MAIL": [FINE["MAIL"], NEVER]}, True),
+        ({"MAIL": [FINE["MAIL"], CLOSE]}, True),
+        ({"RCPT": [FINE["RCPT"], NEVER, STALL]}, True),
+        ({"DOT": [FINE["DOT"], STALL]}, False),
+    ],
+)
+async def test_what_begins_none_for_a_while(
+    script: dict[str, str | list[str]], is_blamed: bool
+) -> None:
+    async with smtp(peer := SmtpPeer(), timeout_s=SHORT_S) as provider:
+        await warm(provider, peer)
+        peer.script = script
+        bob = call_to(BOB, EVE)
+        ann, _ = begun_behind(call_to(ANN), bob)
+        assert await send(provider, ann) == ACCEPTED
+        await provider.send(bob)
+        assert (provider._begins_at > 0) == is_blamed
+
+
+async def test_a_refusal_at_the_dot_keeps_the_connection() -> None:
+    async with smtp(peer := SmtpPeer()) as provider:
+        await warm(provider, peer)
+        peer.script = {"DOT": [NEVER]}
+        bob = call_to(BOB)
+        ann, _ = begun_behind(call_to(ANN), bob)
+        assert await send(provider, ann) == "REJECTED PROVIDER"
+        assert await send(provider, bob) == ACCEPTED
+    assert peer.connections == 1
+
+
 async def test_not_for_a_while_after_a_connection_was_lost_over_it() -> None:
     async with smtp(peer := SmtpPeer()) as provider:
         await warm(provider, peer)
@@ -284,8 +362,9 @@ async def test_the_one_before_is_cancelled() -> None:
         await asyncio.wait([task])
         assert task.cancelled()
         assert asked == [bob]
-        for call in (bob, call_to(EVE), call_to(EVE)):  # and no slot is lost
+        for call in (bob, call_to(EVE), call_to(EVE)):
             assert await send(provider, call) == ACCEPTED
+        assert provider._slots._value == 2  # none is lost, and none is made
 
 
 async def test_the_end_of_the_provider_drops_what_was_begun() -> None:

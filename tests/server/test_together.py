@@ -26,18 +26,18 @@ async def test_what_comes_in_the_same_turns_is_worked_through_together_and_in_or
 
 
 async def test_who_comes_alone_waits_for_some_turns_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together_module, "_IDLE_TURN_S", 1.0)
+    monkeypatch.setattr(together_module, "_IDLE_S", 1.0)
     worked: list[list[int]] = []
     Together(worked.append).add(1)
     await some_turns(20)
     assert worked == [[1]]
 
 
-@pytest.mark.parametrize(("idle_turn_s", "expected"), [(0.0, [[1, 2]]), (1.0, [[1], [2]])])
+@pytest.mark.parametrize(("idle_s", "expected"), [(0.0, [[1, 2]]), (1.0, [[1], [2]])])
 async def test_turns_with_other_work_are_waited_through(
-    monkeypatch: pytest.MonkeyPatch, idle_turn_s: float, expected: list[list[int]]
+    monkeypatch: pytest.MonkeyPatch, idle_s: float, expected: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(together_module, "_IDLE_TURN_S", idle_turn_s)
+    monkeypatch.setattr(together_module, "_IDLE_S", idle_s)
     worked: list[list[int]] = []
     together = Together(worked.append)
     together.add(1)
@@ -48,7 +48,7 @@ async def test_turns_with_other_work_are_waited_through(
 
 
 async def test_other_work_without_end_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together_module, "_IDLE_TURN_S", 0.0)
+    monkeypatch.setattr(together_module, "_IDLE_S", 0.0)
     worked: list[list[int]] = []
     Together(worked.append).add(1)
     await some_turns(50)

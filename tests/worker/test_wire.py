@@ -165,3 +165,75 @@ async def test_a_call_that_was_begun_and_is_abandoned_was_not_sent(
             assert delivery.last_result.cause is Cause.WORKER_LOST
             assert not delivery.possibly_sent
         assert part.drain._wire.calls == 0
+
+
+async def test_what_was_begun_before_a_pause_tells_nothing_of_what_came_after(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    """Else each slot's second call would be a probe that failed, and double the pause."""
+    refused = Result(Outcome.DEFERRED, Cause.CONNECTION, text="refused", of_channel=True)
+    silent = Result(Outcome.UNKNOWN, Cause.TIMEOUT)
+    await store.put_many([[f"a{n}@example.com"] for n in range(8)])
+    answers = [silent] * 4 + [refused] * 4
+    async with Part(db, clock, provider := Eager(*answers), concurrency=4) as part:
+        provider.hold.clear()
+        drained = asyncio.create_task(part.drain.drain_once())
+        while len(provider.asked) < 4:
+            await asyncio.sleep(0.001)
+        part.drain.breaker.note(refused, part.drain.breaker.now())
+        provider.hold.set()
+        await drained
+        await part.recorded()
+        assert len(provider.asked) == 8
+        assert part.drain.breaker._pauses == 1
+
+
+async def test_a_send_once_is_not_taken_from_the_slot_that_it_was_started_for(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    await store.put("once@example.com", mode=Mode.SEND_ONCE)
+    await store.put("a0@example.com")
+    async with Part(db, clock, provider := Eager(), concurrency=1) as part:
+        await part.work()
+    assert sorted(provider.asked) == [("a0", ""), ("once", "")]
+
+
+async def test_a_call_is_not_taken_from_a_slot_that_is_coming_for_it(
+    db: Database, store: Store, clock: Clock
+) -> None:
+    await store.put_many([[f"a{n}@example.com"] for n in range(3)])
+    async with Part(db, clock, provider := Eager(), concurrency=3) as part:
+        await part.work()
+    assert sorted(provider.asked) == [("a0", ""), ("a1", ""), ("a2", "")]
+
+
+async def test_a_call_behind_one_that_takes_long_is_made_by_another_slot(
+    db: Database, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_BOUND_S", 0.01)
+    stuck = asyncio.Event()
+
+    class Stuck(Eager):
+        async def send(self, call: SendCall) -> list[Result]:
+            if _to(call) != "a0":
+                return await super().send(call)
+            following = call.following()
+            self.asked.append(("a0", _to(following) if following else ""))
+            await stuck.wait()
+            return await CaptureProvider.send(self, call)
+
+    messages = await store.put_many([[f"a{n}@example.com"] for n in range(4)])
+    async with Part(db, clock, provider := Stuck(), concurrency=1) as part:
+        drained = asyncio.create_task(part.drain.drain_once())
+        while not provider.asked:
+            await asyncio.sleep(0.001)
+        part.drain._wire._concurrency = 2  # another slot gets free while the first is stuck
+        while await store.state(messages[3]) is not State.SENT:
+            await asyncio.sleep(0.01)
+        assert await store.state(messages[0]) is State.SENDING
+        stuck.set()
+        await drained
+        await part.recorded()
+        assert [to for to, _ in provider.asked] == ["a0", "a1", "a2", "a3"]
+        assert part.outbox[-1].startswith("a0")
+        assert part.drain._wire.calls == 0
