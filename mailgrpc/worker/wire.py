@@ -56,7 +56,8 @@ class _Call:
     probe: asyncio.Future[None] | None  # done when the call has ended
     asked: SendCall | Result | None = None
     """What the provider is asked, or why it is not: set before its turn where it was asked for."""
-    asked_at: float = 0.0  # when that was
+    bound_at: float | None = None
+    """When that was. It is made then, by whatever slot: the provider keeps a connection for it."""
 
 
 class _Slot:
@@ -213,7 +214,7 @@ class Wire:
             return None
         slot.upcoming = self._line.popleft()
         slot.upcoming.asked = asked = self._asked(slot.upcoming, slot)
-        slot.upcoming.asked_at = self._breaker.now()
+        slot.upcoming.bound_at = self._breaker.now()
         self._bound.add(slot)
         if self._recall_timer is None:
             self._plan_recall()
@@ -228,11 +229,11 @@ class Wire:
         if self._abandoned:
             return
         before = self._breaker.now() - _BOUND_S
-        for slot in [s for s in self._bound if s.upcoming and s.upcoming.asked_at <= before]:
-            call, slot.upcoming = slot.upcoming, None
-            self._bound.discard(slot)
-            if call is not None:
-                call.asked = None
+        for slot in list(self._bound):
+            call = slot.upcoming
+            if call is not None and call.bound_at is not None and call.bound_at <= before:
+                slot.upcoming = call.asked = None
+                self._bound.discard(slot)
                 self._line.appendleft(call)
                 self._staff()
         if self._bound:
@@ -242,14 +243,15 @@ class Wire:
         """Whether it may be begun behind this one.
 
         Behind a SEND_ONCE nothing is: it must not be what makes a server hang up on it. Nor is one put
-        behind another, for it was started because a slot was free. And nothing large, whose making would
-        keep the one before waiting.
+        behind another, for it was started because a slot was free. Nothing large, whose making would keep the
+        one before waiting; and nothing a second time.
         """
         content = upcoming.group.content
         message = content.message if content else None
         return (
             call.group.mode is Mode.RETRYING
             and upcoming.group.mode is Mode.RETRYING
+            and upcoming.bound_at is None
             and self._breaker.is_closed
             and message is not None
             and not message.attachments
@@ -292,10 +294,10 @@ class Wire:
         """One call to the provider, and its results to the recorder."""
         started = call.started
         reason = self._breaker.reason
-        if reason is not None and call.probe is None and call.asked is None:
+        if reason is not None and call.probe is None and call.bound_at is None:
             results = [_not_asked(reason)] * len(started)
         else:
-            asked_at = call.asked_at if call.asked else self._breaker.now()
+            asked_at = self._breaker.now() if call.bound_at is None else call.bound_at
             results = await self._ask(call, slot)
             failpoints.reach("drain.sent")
             self._breaker.note(_telling(results), asked_at, self._asking)

@@ -207,33 +207,56 @@ async def test_a_call_is_not_taken_from_a_slot_that_is_coming_for_it(
     assert sorted(provider.asked) == [("a0", ""), ("a1", ""), ("a2", "")]
 
 
+class Stuck(Eager):
+    """The call to a0 asks for the one behind it, and gets no answer until `free`."""
+
+    def __init__(self, *answers: Result) -> None:
+        super().__init__(*answers)
+        self.free = asyncio.Event()
+
+    async def send(self, call: SendCall) -> list[Result]:
+        if _to(call) != "a0":
+            return await super().send(call)
+        following = call.following()
+        self.asked.append(("a0", _to(following) if following else ""))
+        await self.free.wait()
+        return await CaptureProvider.send(self, call)
+
+
+@pytest.mark.parametrize(
+    ("pauses", "made"),
+    [
+        pytest.param(False, ["a1", "a2", "a3"], id="as usual"),
+        # It is under way, and the provider may keep a connection for it.
+        pytest.param(True, ["a1"], id="though the channel pauses meanwhile"),
+    ],
+)
 async def test_a_call_behind_one_that_takes_long_is_made_by_another_slot(
-    db: Database, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    db: Database,
+    store: Store,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    pauses: bool,
+    made: list[str],
 ) -> None:
     monkeypatch.setattr(wire, "_BOUND_S", 0.01)
-    stuck = asyncio.Event()
-
-    class Stuck(Eager):
-        async def send(self, call: SendCall) -> list[Result]:
-            if _to(call) != "a0":
-                return await super().send(call)
-            following = call.following()
-            self.asked.append(("a0", _to(following) if following else ""))
-            await stuck.wait()
-            return await CaptureProvider.send(self, call)
-
+    refused = Result(Outcome.DEFERRED, Cause.CONNECTION, text="refused", of_channel=True)
+    answers = [refused] if pauses else []
     messages = await store.put_many([[f"a{n}@example.com"] for n in range(4)])
-    async with Part(db, clock, provider := Stuck(), concurrency=1) as part:
+    async with Part(db, clock, provider := Stuck(*answers), concurrency=1) as part:
         drained = asyncio.create_task(part.drain.drain_once())
         while not provider.asked:
             await asyncio.sleep(0.001)
+        assert provider.asked == [("a0", "a1")]
+        if pauses:
+            part.drain.breaker.note(refused, part.drain.breaker.now())
         part.drain._wire._concurrency = 2  # another slot gets free while the first is stuck
-        while await store.state(messages[3]) is not State.SENT:
+        while await store.state(messages[3]) not in (State.SENT, State.DEFERRED):
             await asyncio.sleep(0.01)
         assert await store.state(messages[0]) is State.SENDING
-        stuck.set()
+        provider.free.set()
         await drained
         await part.recorded()
-        assert [to for to, _ in provider.asked] == ["a0", "a1", "a2", "a3"]
+        assert [to for to, _ in provider.asked] == ["a0", *made]
         assert part.outbox[-1].startswith("a0")
         assert part.drain._wire.calls == 0
