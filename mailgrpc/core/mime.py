@@ -29,7 +29,7 @@ import functools
 import re
 from binascii import b2a_base64, b2a_qp
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime, tzinfo
 from email.utils import format_datetime
 from hashlib import blake2b
 from urllib.parse import quote
@@ -109,8 +109,7 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
         raise ValueError("Date: the time has no zone")
     to = [r for r in message.recipients if r.role is Role.TO]
     cc = [r for r in message.recipients if r.role is Role.CC]
-    date_text = _date_text(date.replace(microsecond=0), date.utcoffset())
-    lines = [f"Date: {date_text}", _from_field(message.sender.name, message.sender.address)]
+    lines = [f"Date: {_date_text(date, date.tzinfo)}", _from_field(message.sender.name, message.sender.address)]
     if message.reply_to:
         lines.append(_address_field("Reply-To", message.reply_to))
     if to:
@@ -135,9 +134,9 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
 
 
 @functools.lru_cache(maxsize=256)
-def _date_text(second: datetime, offset: timedelta | None) -> str:  # noqa: ARG001
-    """The same for all mails of a second; the offset because equal moments may differ in zone."""
-    return format_datetime(second)
+def _date_text(date: datetime, zone: tzinfo) -> str:  # noqa: ARG001
+    """The same for all mails of a flush; the zone because equal moments may differ in it."""
+    return format_datetime(date.replace(microsecond=0))
 
 
 def _text_field(name: str, text: str) -> str:

@@ -67,6 +67,8 @@ FLUSH_DELIVERIES = 2000
 FLUSH_BYTES = 1024 * 1024
 FLUSH_TIMEOUT_S = 10.0
 FLUSHES_AT_ONCE = 2
+"""Of a process that serves alone, so that one is made while PostgreSQL has the other. Those that share a
+port make one each: PostgreSQL has the others', and half-full ones cost more than they bring."""
 ALONE_BYTES = 256 * 1024
 QUEUE_BYTES = 64 * 1024 * 1024
 """What may wait in memory, whatever the number of calls."""
@@ -97,7 +99,10 @@ class _Waiting:
 
 
 class Intake:
-    """The queue before the flush, of one process. `lane` is where its events go."""
+    """The queue before the flush, of one process. `lane` is where its events go.
+
+    `at_once` is how many flushes may be under way, beside large messages.
+    """
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class Intake:
         *,
         lane: int,
         limit: int,
+        at_once: int = FLUSHES_AT_ONCE,
     ) -> None:
         self._credits = credit
         self._database = database.with_patience(FLUSH_TIMEOUT_S)
@@ -116,7 +122,7 @@ class Intake:
         self._lane = lane
         self._limit = limit
         self._waiting: deque[_Waiting] = deque()
-        self._small = asyncio.Semaphore(FLUSHES_AT_ONCE)
+        self._small = asyncio.Semaphore(at_once)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._large_waiting = 0
         self._bytes = 0
@@ -150,8 +156,8 @@ class Intake:
 
     @property
     def is_busy(self) -> bool:
-        """Whether as much is being stored as may be at once."""
-        return self._small.locked()
+        """Whether as much is being stored as may be at once, and more waits."""
+        return self._small.locked() and bool(self._waiting)
 
     async def drain(self) -> None:
         """Return once everything that waits has been answered."""
