@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from mailgrpc.embedded.valkey import EmbeddedValkey
 
 TICKS = os.sysconf("SC_CLK_TCK")
 _LINES_SHOWN = 10
+_TROUBLE = re.compile(r"warning|error", re.IGNORECASE)
 
 
 class Child:
@@ -63,7 +65,7 @@ class Child:
         """End it, and repeat its warnings: a row in which it had some to tell is to be doubted."""
         self.process.terminate()
         said = self.process.communicate(timeout=40)[1].decode(errors="replace").splitlines()
-        warnings = [line for line in said if "WARNING" in line or "ERROR" in line]
+        warnings = [line for line in said if _TROUBLE.search(line)]
         for line in warnings[:_LINES_SHOWN]:
             print(f"{self.process.args[3]}: {line}", file=sys.stderr)
 
@@ -151,11 +153,18 @@ def _ask(url: str, statement: str, *arguments: object) -> list[asyncpg.Record]:
 
 
 @contextlib.contextmanager
-def family() -> Iterator[Family]:
-    """Start the stores in a temporary place, with fsync and synchronous_commit on."""
+def family(*, commit_times: bool = False) -> Iterator[Family]:
+    """Start the stores in a temporary place, with fsync and synchronous_commit on.
+
+    `commit_times`: PostgreSQL remembers when each transaction was committed.
+    """
     with tempfile.TemporaryDirectory(prefix="mailgrpc-bench-", dir=PLACE) as place:
         Path(place).chmod(0o711)
         data = Path(place) / "data"
+        if commit_times:  # taken at the start alone
+            with EmbeddedPostgres(data) as postgres:
+                superuser_url = postgres.url_of("postgres", user="postgres")
+                _ask(superuser_url, "ALTER SYSTEM SET track_commit_timestamp = on")
         with EmbeddedPostgres(data) as postgres, EmbeddedValkey() as valkey:
             migrate(postgres.url)
             superuser_url = postgres.url_of("postgres", user="postgres")

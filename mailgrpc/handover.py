@@ -50,11 +50,12 @@ HELD_S = 0.35
 """How long a server keeps what it does not use. In quarters of that it is looked for."""
 LOOK_S = 0.2
 """How often a worker looks after what it has given."""
-RETRACT_S = 0.7
+RETRACT_S = 0.5
 """After which a worker takes back what no server has taken."""
-MISSING_S = 1.4
-"""After which what has not come back is looked for. More than RETRACT_S, a look, 1.25 × HELD_S and a
-flush; it and another look are less than the two seconds that a loss in Redis may cost."""
+MISSING_S = 1.7
+"""After which what has not come back is looked for. More than RETRACT_S, a look and 1.25 × HELD_S, by half
+a second for a flush and for processes that wait for a processor; it and another look are less than the two
+seconds that a loss in Redis may cost."""
 ALIVE_S = 1.2
 _NOTICE_S = 30
 """How long a notice lies for a worker that does not listen."""

@@ -1,9 +1,8 @@
-"""One subscriber of everything: how long after SENT was recorded it is told.
+"""One subscriber of everything: when it is told that a delivery was SENT.
 
     python -m bench.load.watch TARGET   → "ready", then one JSON line when its input is closed
 
-The time of an event is its `occurred_at`, which PostgreSQL writes as it records the outcome; so the
-commit, the feed and the stream are all in what is measured.
+The line has the Unix time of each, by the delivery's id.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import time
 import grpc
 import uvloop
 
-from bench.load.percentiles import of_times
 from mailgrpc.v1 import delivery_pb2, mail_service_pb2_grpc
 from mailgrpc.v1 import mail_service_pb2 as pb
 
@@ -29,7 +27,7 @@ async def _closed_input() -> None:
 
 
 async def main(target: str) -> None:
-    late: list[float] = []
+    told: dict[str, float] = {}
     async with grpc.aio.insecure_channel(target) as channel:
         stream = mail_service_pb2_grpc.MailServiceStub(channel).WatchStatus(pb.WatchStatusRequest())
 
@@ -39,17 +37,16 @@ async def main(target: str) -> None:
                 if response.caught_up:
                     print("ready", flush=True)
                 for event in response.events:
-                    state = event.state_changed.delivery.state
-                    if state == delivery_pb2.DELIVERY_STATE_SENT:
-                        at = event.occurred_at
-                        late.append(now - at.seconds - at.nanos / 1e9)
+                    delivery = event.state_changed.delivery
+                    if delivery.state == delivery_pb2.DELIVERY_STATE_SENT:
+                        told[delivery.delivery_id] = now
 
         reading = asyncio.create_task(read())
         await _closed_input()
         await asyncio.sleep(_LAST_S)
         reading.cancel()
         await asyncio.wait([reading])
-    print(json.dumps(of_times(late)))
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Two ways are measured at once. From the acknowledgement until the sink has the final dot, against
 Postfix from its 250, at the same absolute rate; where that rate is more than Postfix carries, both
 get a fifth of what Postfix does at its best, which is said. And from SENT recorded until a
-subscriber of WatchStatus is told, against a Redis pub/sub round trip that goes on meanwhile.
+subscriber of WatchStatus is told, against a Redis pub/sub round trip that goes on meanwhile. Recorded
+it is at its commit: the time is PostgreSQL's own, taken before it waits for the disk.
 
 The clocks are one machine's, so that times of different processes may be subtracted. A mail can be
 at the sink before its caller has read the answer: such a time is negative and counts as it is.
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.family import Family, calls, generate
+from bench.family import family as another_family
 from bench.gateway import Gateway, gateway
 from bench.journey import most_fitting, through_postfix
 from bench.load.acknowledged import read_acknowledged
@@ -29,6 +31,7 @@ from bench.postfix import Postfix, postfix, why_absent
 from bench.row import Measured
 from bench.rows.end_to_end import CONNECTIONS, by_calls
 from bench.sink import Sink, Taken, sink
+from mailgrpc.core.ids import DELIVERY, from_text
 
 ROUNDS = 3
 SECONDS = 8.0
@@ -39,7 +42,16 @@ _CARRIED = 0.8
 _PUBLISHED_A_SECOND = 100.0
 
 
-def run(family: Family) -> list[Measured]:
+_COMMITTED = """SELECT delivery_id, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 AS at
+    FROM events WHERE state = 4 AND delivery_id = ANY ($1::uuid[])"""
+
+
+def run(_: Family) -> list[Measured]:
+    with another_family(commit_times=True) as family:
+        return _run(family)
+
+
+def _run(family: Family) -> list[Measured]:
     reached = [
         Measured(f"acknowledged → at the sink, {p}", "Postfix, from its 250", " ms", at_most=1)
         for p in ("p50", "p99")
@@ -58,10 +70,13 @@ def run(family: Family) -> list[Measured]:
                 ) as published,
             ):
                 _add(reached, "ours", _our_way(reached, ours, rate))
-            _add(told, "ours", watched)
             _add(told, "theirs", published)
+            late = _after_commit(family, watched)
+            _add(told, "ours", late)
             for row in told:
-                row.check("events", sent=int(rate * SECONDS), told=watched["count"])
+                row.check(
+                    "events", sent=int(rate * SECONDS), told=len(watched), recorded=late["count"]
+                )
             if peer is not None:
                 _add(reached, "theirs", _their_way(reached, peer, taker, rate))
     for row in reached + told:
@@ -138,6 +153,13 @@ def _of_way(rows: list[Measured], whose: str, path: Path, taken: Taken) -> dict:
             both=len(both),
         )
     return of_times([taken.at[recipient] - acknowledged[recipient] for recipient in both])
+
+
+def _after_commit(family: Family, told: dict[str, float]) -> dict[str, float]:
+    """How long after the commit a subscriber was told."""
+    told_at = {from_text(DELIVERY, text): at for text, at in told.items()}
+    committed = family.sql(_COMMITTED, list(told_at))
+    return of_times([told_at[row["delivery_id"]] - row["at"] for row in committed])
 
 
 @contextlib.contextmanager

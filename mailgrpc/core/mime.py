@@ -109,7 +109,10 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
         raise ValueError("Date: the time has no zone")
     to = [r for r in message.recipients if r.role is Role.TO]
     cc = [r for r in message.recipients if r.role is Role.CC]
-    lines = [f"Date: {_date_text(date, date.tzinfo)}", _from_field(message.sender.name, message.sender.address)]
+    lines = [
+        f"Date: {_date_text(date, date.tzinfo)}",
+        _from_field(message.sender.name, message.sender.address),
+    ]
     if message.reply_to:
         lines.append(_address_field("Reply-To", message.reply_to))
     if to:
