@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -61,6 +63,22 @@ def test_a_delivery_tells_its_message(number: int, other: int) -> None:
 
 def test_new_ids_differ_within_a_millisecond() -> None:
     assert len({new_message_id(0) for _ in range(10_000)}) == 10_000
+
+
+def test_a_forked_process_makes_other_ids() -> None:
+    code = (
+        "import os\n"
+        "from mailgrpc.core.ids import new_id\n"
+        "new_id(0)\n"  # draws for those that follow
+        "reading, writing = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.write(writing, new_id(0).bytes)\n"
+        "    os._exit(0)\n"
+        "print(new_id(0).bytes.hex(), os.read(reading, 16).hex())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    mine, childs = done.stdout.split()
+    assert mine != childs
 
 
 @pytest.mark.parametrize(

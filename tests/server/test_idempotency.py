@@ -415,6 +415,28 @@ async def test_a_second_try_waits_for_the_first_while_that_one_still_runs(
     assert await count(proxied, "messages") == await count(proxied, "events") == 1
 
 
+@pytest.mark.parametrize(("sibling", "at_once"), [(None, 2), (1, 1)])
+async def test_so_many_flushes_are_under_way_alone_and_beside_siblings(
+    settings: Settings, holder: Any, sibling: int | None, at_once: int
+) -> None:
+    for lane in range(16):
+        await holder.execute("SELECT pg_advisory_lock($1)", LANE_LOCKS + lane)
+    async with Gateway(replace(settings, sibling=sibling), worker=False) as running:
+        intake = running.server._intake
+        calls = []
+        for number in range(1, at_once + 1):
+            calls.append(asyncio.ensure_future(running.stub.Enqueue(enqueue())))
+            await blocked(holder, number)
+        assert not intake.is_busy
+        calls.append(asyncio.ensure_future(running.stub.Enqueue(enqueue())))
+        await until(lambda: intake.is_busy)
+        await holder.execute("SELECT pg_advisory_unlock_all()")
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*calls)
+        assert not intake.is_busy
+        assert await count(running, "messages") == at_once + 1
+
+
 async def blocked(connection: Any, number: int) -> None:
     """Return when this many statements of the test's server wait for a lock."""
     async with asyncio.timeout(PATIENCE_S):
