@@ -29,7 +29,7 @@ import functools
 import re
 from binascii import b2a_base64, b2a_qp
 from collections.abc import Sequence
-from datetime import datetime, tzinfo
+from datetime import datetime, timedelta
 from email.utils import format_datetime
 from hashlib import blake2b
 from urllib.parse import quote
@@ -110,7 +110,7 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
     to = [r for r in message.recipients if r.role is Role.TO]
     cc = [r for r in message.recipients if r.role is Role.CC]
     lines = [
-        f"Date: {_date_text(date, date.tzinfo)}",
+        f"Date: {_date_text(date, date.utcoffset())}",
         _from_field(message.sender.name, message.sender.address),
     ]
     if message.reply_to:
@@ -137,8 +137,8 @@ def _header_lines(message: MailMessage, rfc_message_id: str, date: datetime) -> 
 
 
 @functools.lru_cache(maxsize=256)
-def _date_text(date: datetime, zone: tzinfo) -> str:  # noqa: ARG001
-    """The same for all mails of a flush; the zone because equal moments may differ in it."""
+def _date_text(date: datetime, offset: timedelta | None) -> str:  # noqa: ARG001
+    """The same for all mails of a flush; the offset because equal moments may differ in zone."""
     return format_datetime(date.replace(microsecond=0))
 
 
