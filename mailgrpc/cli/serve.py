@@ -8,7 +8,7 @@ import sys
 import click
 
 from mailgrpc.cli.process import load, run_until_stopped, told
-from mailgrpc.cli.siblings import Siblings, end_with_parent
+from mailgrpc.cli.siblings import Siblings, end_with_parent, give_way
 from mailgrpc.config import Settings
 from mailgrpc.server.port import reserved
 from mailgrpc.telemetry import notify_ready
@@ -25,6 +25,7 @@ def serve(listen: str | None, processes: str | None) -> None:
     """Serve gRPC until SIGTERM or Ctrl-C."""
     settings = load(listen=listen, processes=processes)
     if settings.sibling is not None:
+        give_way()
         end_with_parent(settings.grace_s)
     elif settings.processes > 1:
         sys.exit(_serve_together(settings))

@@ -28,7 +28,7 @@ from mailgrpc.providers.registry import open_channels
 from mailgrpc.server.clear import Clear
 from mailgrpc.server.credits import Credits
 from mailgrpc.server.feed import Feed
-from mailgrpc.server.intake import FLUSHES_AT_ONCE, Intake
+from mailgrpc.server.intake import Intake
 from mailgrpc.server.interceptors import Edge
 from mailgrpc.server.mail import MailService, Parts
 from mailgrpc.server.port import reserved
@@ -121,7 +121,7 @@ class MailServer:
             self._credits,
             lane=lane,
             limit=settings.queue_limit,
-            at_once=FLUSHES_AT_ONCE if settings.sibling is None else 1,
+            is_sibling=settings.sibling is not None,
         )
         rung = (database, self._doorbell, self._feed)
         self._feed.is_busy = lambda: self._intake.is_busy

@@ -69,6 +69,8 @@ FLUSH_TIMEOUT_S = 10.0
 FLUSHES_AT_ONCE = 2
 """Of a process that serves alone, so that one is made while PostgreSQL has the other. Those that share a
 port make one each: PostgreSQL has the others', and half-full ones cost more than they bring."""
+_WORTH_A_FLUSH = 32
+_LONGEST_REST_S = 0.02
 ALONE_BYTES = 256 * 1024
 QUEUE_BYTES = 64 * 1024 * 1024
 """What may wait in memory, whatever the number of calls."""
@@ -101,7 +103,8 @@ class _Waiting:
 class Intake:
     """The queue before the flush, of one process. `lane` is where its events go.
 
-    `at_once` is how many flushes may be under way, beside large messages.
+    One of siblings, which share the processors, makes one flush at a time, and after it lets more come
+    for as long as it took, unless enough has. Whoever comes alone waits for nothing.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class Intake:
         *,
         lane: int,
         limit: int,
-        at_once: int = FLUSHES_AT_ONCE,
+        is_sibling: bool = False,
     ) -> None:
         self._credits = credit
         self._database = database.with_patience(FLUSH_TIMEOUT_S)
@@ -122,7 +125,9 @@ class Intake:
         self._lane = lane
         self._limit = limit
         self._waiting: deque[_Waiting] = deque()
-        self._small = asyncio.Semaphore(at_once)
+        self._is_sibling = is_sibling
+        self._small = asyncio.Semaphore(1 if is_sibling else FLUSHES_AT_ONCE)
+        self._rest_until = 0.0
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._large_waiting = 0
         self._bytes = 0
@@ -173,10 +178,27 @@ class Intake:
     async def _flush_all(self) -> None:
         while self._waiting:
             await self._small.acquire()
+            if self._is_sibling:
+                await self._rest()
             if batch := self._take():
-                self._spawn(self._flush(batch)).add_done_callback(lambda _: self._small.release())
+                self._spawn(self._flush_small(batch))
             else:
                 self._small.release()
+
+    async def _rest(self) -> None:
+        """Let more come to a flush that would be small, right behind the last one."""
+        rest_s = self._rest_until - asyncio.get_running_loop().time()
+        if rest_s > 0 and len(self._waiting) < _WORTH_A_FLUSH:
+            await asyncio.sleep(rest_s)
+
+    async def _flush_small(self, batch: list[_Waiting]) -> None:
+        clock = asyncio.get_running_loop().time
+        began_at = clock()
+        try:
+            await self._flush(batch)
+        finally:
+            self._rest_until = clock() + min(clock() - began_at, _LONGEST_REST_S)
+            self._small.release()
 
     async def _flush_large(self, waiting: _Waiting) -> None:
         try:

@@ -137,6 +137,16 @@ async def test_connections_spread_over_the_processes_and_each_has_a_lane(
     ]
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has it")
+async def test_siblings_give_way_to_whoever_has_the_processor(start: Start) -> None:
+    parent = start("--processes", "2")
+    await call_often(await asyncio.to_thread(lambda: parent.address), 1)
+    for child in parent.children():
+        threads = [int(path.name) for path in Path(f"/proc/{child}/task").iterdir()]
+        assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(parent.process.pid) == os.SCHED_OTHER
+
+
 async def test_the_setting_is_as_good_as_the_flag(start: Start) -> None:
     parent = start(MAILGRPC_PROCESSES="3")
     await asyncio.to_thread(lambda: parent.address)

@@ -437,6 +437,40 @@ async def test_so_many_flushes_are_under_way_alone_and_beside_siblings(
         assert await count(running, "messages") == at_once + 1
 
 
+@pytest.mark.parametrize(
+    ("sibling", "calls", "waits"), [(1, 1, True), (1, 32, False), (None, 1, False)]
+)
+async def test_a_sibling_lets_more_come_to_a_flush_that_would_be_small(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    sibling: int | None,
+    calls: int,
+    waits: bool,
+) -> None:
+    async with Gateway(replace(settings, sibling=sibling), worker=False) as running:
+        intake = running.server._intake
+        clock = asyncio.get_running_loop().time
+        began_at: list[float] = []
+        insert = intake._insert
+
+        async def timed(*args: Any) -> Any:
+            began_at.append(clock())
+            return await insert(*args)
+
+        monkeypatch.setattr(intake, "_insert", timed)
+        slots = [await intake._small.acquire() for _ in range(1 if sibling else 2)]
+        answers = [asyncio.ensure_future(running.stub.Enqueue(enqueue())) for _ in range(calls)]
+        await until(lambda: len(intake._waiting) == calls)
+        # As after a flush that has just ended; an hour where nobody is to wait for it.
+        intake._rest_until = rest_until = clock() + (0.05 if waits else 3600)
+        for _ in slots:
+            intake._small.release()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*answers)
+        assert (began_at[0] >= rest_until) == waits
+        assert clock() > intake._rest_until - 1  # the last flush says how long the next rest is
+
+
 async def blocked(connection: Any, number: int) -> None:
     """Return when this many statements of the test's server wait for a lock."""
     async with asyncio.timeout(PATIENCE_S):
