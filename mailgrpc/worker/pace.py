@@ -37,5 +37,9 @@ class Pace:
 
     @property
     def ahead(self) -> int:
-        """How many may be started beside those that have a slot."""
-        return int(min(AHEAD, self._rate * AHEAD_S))
+        """How many may be started beside those that have a slot.
+
+        At the beginning as many as have just ended: looks are further apart than a channel needs to
+        show what it can.
+        """
+        return int(min(AHEAD, max(self._rate * AHEAD_S, self._ended)))
