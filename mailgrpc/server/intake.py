@@ -71,6 +71,7 @@ FLUSHES_AT_ONCE = 2
 port make one each: PostgreSQL has the others', and half-full ones cost more than they bring."""
 _WORTH_A_FLUSH = 32
 _LONGEST_REST_S = 0.02
+"""Between two flushes of a sibling, unless so many wait (docs/decisions/0020)."""
 ALONE_BYTES = 256 * 1024
 QUEUE_BYTES = 64 * 1024 * 1024
 """What may wait in memory, whatever the number of calls."""
