@@ -28,7 +28,7 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from mailgrpc import failpoints
@@ -55,7 +55,7 @@ class Recorder:
 
     A flush costs much and a result in it little, so that one is not begun at once after the last:
     under load each then carries what a few milliseconds brought, and a result that comes alone
-    waits for nothing.
+    waits for nothing. Nor does a flush that is full already: recording must not be slower than sending.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class Recorder:
         self._flusher: asyncio.Task[None] | None = None
         self._refused: deque[Recorded] = deque()
         self._insister: asyncio.Task[None] | None = None
+        self.on_settled: list[Callable[[], None]] = []
+        """Called when there is room again for what comes back: fewer are waiting to be recorded."""
 
     def expect(self, running: Iterable[Running]) -> None:
         """These run here, and their results will come; until they are recorded they are expected."""
@@ -141,7 +143,8 @@ class Recorder:
     async def _flush_all(self) -> None:
         clock = asyncio.get_running_loop().time
         while self._waiting:
-            if (rest_s := self._rest_until - clock()) > 0:
+            rest_s = self._rest_until - clock()
+            if rest_s > 0 and len(self._waiting) < FLUSH_RESULTS:
                 await asyncio.sleep(rest_s)
             batch = self._take()
             failpoints.reach("recorder.record")
@@ -163,6 +166,8 @@ class Recorder:
     def _settle(self, results: int) -> None:
         self._settled += results
         self._progress.set()
+        for tell in self.on_settled:
+            tell()
 
     async def _record_singly(self, batch: Sequence[Recorded]) -> None:
         """One of them cannot be written; the others can."""

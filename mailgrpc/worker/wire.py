@@ -108,7 +108,8 @@ class Wire:
         """These, and those in the line."""
         self._abandoned = False
         self.freed = asyncio.Event()
-        """Set when a call has ended: there may be room."""
+        """Set when a call has ended, or results were recorded: there may be room."""
+        recorder.on_settled.append(self.freed.set)
         self.on_freed: Callable[[], None] = lambda: None
 
     def room(self, mode: Mode) -> int:

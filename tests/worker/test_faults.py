@@ -153,6 +153,7 @@ async def test_no_more_is_started_while_too_much_is_unrecorded(
     lossy: LossyDatabase, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mailgrpc.worker.wire.MAX_UNRECORDED", 1)
+    monkeypatch.setattr("mailgrpc.worker.drain._RETRY_S", 3600.0)  # what was recorded is told
     await store.put_many([["a@example.com"]] * 20, mode=Mode.SEND_ONCE)
     provider = Gate()
     async with Part(lossy, clock, provider, concurrency=2) as part:
@@ -166,6 +167,23 @@ async def test_no_more_is_started_while_too_much_is_unrecorded(
         await draining
         await part.recorded()
         assert len(part.outbox) == 20
+
+
+async def test_a_flush_that_would_be_full_does_not_wait_for_more(
+    db: Database, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the recording is slower than the wire, and starts wait for it."""
+    monkeypatch.setattr("mailgrpc.worker.record.FLUSH_RESULTS", 2)
+    monkeypatch.setattr("mailgrpc.worker.record._REST", 10**9)
+    monkeypatch.setattr("mailgrpc.worker.record._LONGEST_REST_S", 3600.0)
+    messages = await store.put_many([[f"a{n}@example.com"] for n in range(6)])
+    provider = Gate()
+    async with Part(db, clock, provider) as part:
+        await part.drain.drain_once()
+        await until(lambda: len(provider.held) == 6)
+        provider.open()
+        await part.recorded()
+    assert {await store.state(message) for message in messages} == {State.SENT}
 
 
 async def test_content_that_cannot_be_unpacked_fails_alone_and_unsent(
