@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from mailgrpc.cli.process import load, run_until_stopped, told
+from mailgrpc.cli.process import COLLECT_AFTER_CALLS, load, run_until_stopped, told
 from mailgrpc.cli.siblings import Siblings, end_with_parent, give_way
 from mailgrpc.config import Settings
 from mailgrpc.server.port import reserved
@@ -29,7 +29,9 @@ def serve(listen: str | None, processes: str | None) -> None:
         end_with_parent(settings.grace_s)
     elif settings.processes > 1:
         sys.exit(_serve_together(settings))
-    run_until_stopped(lambda stop: _serve(settings, stop), settings.grace_s)
+    run_until_stopped(
+        lambda stop: _serve(settings, stop), settings.grace_s, collect_after=COLLECT_AFTER_CALLS
+    )
 
 
 def _serve_together(settings: Settings) -> int:

@@ -120,6 +120,11 @@ class Credits:
         """Whether any may come back."""
         return bool(self._open)
 
+    @property
+    def are_idle(self) -> bool:
+        """Whether a look would find nothing to do, until more are given or calls end."""
+        return not (self._open or self._has_refused or self._pace.ahead)
+
     def allow(self, session_id: int, epoch: int) -> None:
         """All that is due is claimed: give as many as there is room for, from now on."""
         if session_id != self._session_id:

@@ -23,7 +23,8 @@ from mailgrpc.worker.runtime import Worker
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5
+_POLL_S = 1.0
+"""As often as the sweeper looks: what arq brings is no sooner there, and each question wakes a process."""
 _RESTART_S = 0.5
 _RESTART_MAX_S = 15.0
 _CLOSE_S = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -28,6 +29,8 @@ from mailgrpc.worker.sweep import Reaper, Sweeper
 log = logging.getLogger(__name__)
 
 _RING_WAIT_S = 10.0
+_IDLE_LOOK_S = 1.0
+"""While nothing goes out: each wakening costs up to a millisecond on a machine that sleeps."""
 _WIRE_SHARE = 0.7  # of the grace time, for what is on the wire
 _SESSION_SHARE = 0.8  # until then the session is over; the rest is for connections that are silent
 _BEATS_CLOSE_S = 0.4  # nobody waits for a beat any more
@@ -249,8 +252,12 @@ class Worker:
                 await asyncio.sleep(1)
 
     async def _look(self) -> None:
-        """Look after the credits that servers have."""
+        """Look after the credits that servers have; seldom where there are none."""
         while True:
+            if all(drain.credits.are_idle for drain in self._drains):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_IDLE_LOOK_S):
+                        await self._handover.has_given.wait()
             await asyncio.sleep(LOOK_S)
             for drain in self._drains:
                 try:

@@ -23,6 +23,7 @@ from mailgrpc.doorbell import QUEUE, Doorbell
 from mailgrpc.embedded.valkey import EmbeddedValkey
 from mailgrpc.providers.capture import CaptureProvider
 from mailgrpc.worker import main
+from mailgrpc.worker.credits import Credits
 from mailgrpc.worker.runtime import Worker
 from tests.gateway import PATIENCE_S, until
 from tests.worker.rig import Store
@@ -86,6 +87,29 @@ async def test_with_redis_mail_leaves_at_once(
             await until(lambda: len(capture.outbox) > n)  # noqa: B023  awaited here
     finally:
         await bell.close()
+        await worker.stop()
+
+
+async def test_credits_are_looked_after_once_some_are_given(
+    settings: Settings, db: Database, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle worker does not wake up for them, nor does it sleep through the first."""
+    monkeypatch.setattr("mailgrpc.worker.runtime.LOOK_S", 0.0)
+    monkeypatch.setattr("mailgrpc.worker.runtime._IDLE_LOOK_S", 3600.0)
+    looks = []
+    look = Credits.look
+    monkeypatch.setattr(Credits, "look", lambda self: (looks.append(self.are_open), look(self)))
+    capture = CaptureProvider()
+    worker = Worker(settings, db, channels={"default": capture})
+    await worker.start()
+    try:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not looks
+        await store.put()
+        worker.wake()
+        await until(lambda: any(looks))
+    finally:
         await worker.stop()
 
 
