@@ -58,9 +58,10 @@ def told() -> Iterator[None]:
 
 
 COLLECT_AFTER = 50_000
+"""New objects, after which cycles among them are looked for. Python does after 700."""
 COLLECT_AFTER_CALLS = 2_000
-"""For a process that answers calls: gRPC leaves three objects of each in a cycle. Freeing 50,000 of these
-takes 25 to 55 ms, in which nobody is answered, every few seconds; 2,000 take one."""
+"""The same for a process that answers calls: gRPC leaves three objects of each in a cycle. Freeing 50,000
+of these takes 25 to 55 ms, in which nobody is answered, every few seconds; 2,000 take one."""
 OVERTIME_S = 4.0
 """How long after its grace time a `main` that still runs is thought to hang."""
 

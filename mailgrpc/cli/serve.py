@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 
 import click
@@ -53,6 +54,7 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
         server = MailServer(settings, database)
         await database.open()
         where = await server.start()
+        gc.freeze()  # all that was imported by now: looking through it takes 30 ms
         if settings.sibling is None:
             click.echo(f"serving on {where}", err=True)
         notify_ready(settings.ready_fd, str(where))

@@ -189,10 +189,12 @@ def give_way() -> None:
 
     As it is, a server that is woken pushes aside the sibling, the worker or the PostgreSQL that runs, does a
     little, and leaves its caches cold; on full processors that cost a fifth of the servers' time
-    (docs/decisions/0020). Free ones are taken at once. Linux alone knows how, and a sandbox may forbid it.
+    (docs/decisions/0020). Free ones are taken at once. Linux alone knows how, and a sandbox may forbid it;
+    a policy that an operator has chosen is left.
     """
     with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def end_with_parent(grace_s: float) -> None:

@@ -19,7 +19,7 @@ CHUNK_MESSAGES = 250
 CHUNK_DELIVERIES = 2000
 """At most so many a transaction: short enough that others do not feel its locks."""
 PAUSE_SHARE = 2.0
-PAUSE_MAX_S = 0.015
+PAUSE_MAX_S = 0.0125
 """After a chunk so many times what it took is left to the others, and at most so long: a million
 messages are gone within two minutes all the same."""
 

@@ -6,7 +6,7 @@ stored whole or not at all, and one that cannot be stored fails alone.
 
 How. Two flushes may be under way, so that the server reads and answers calls while PostgreSQL
 stores others; what comes meanwhile shares the next one. No timer: without load a call waits for
-nothing. A flush is bounded; a large message goes in one of its own, beside the others, so that it
+nothing. Beside siblings one flush may be, and a rest after it (`Intake`). A flush is bounded; a large message goes in one of its own, beside the others, so that it
 does not hold them. What a worker has given credit for is started in the same commit
 (mailgrpc/handover.py), and the others are rung for.
 
@@ -104,8 +104,9 @@ class _Waiting:
 class Intake:
     """The queue before the flush, of one process. `lane` is where its events go.
 
-    One of siblings, which share the processors, makes one flush at a time, and after it lets more come
-    for as long as it took, unless enough has. Whoever comes alone waits for nothing.
+    One of siblings, which share the processors, makes one flush at a time. After one that several calls
+    shared it lets more come, for as long as that took, unless so many wait already. Whoever comes alone,
+    or call after call, waits for nothing.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Intake:
         self._is_sibling = is_sibling
         self._small = asyncio.Semaphore(1 if is_sibling else FLUSHES_AT_ONCE)
         self._rest_until = 0.0
+        self._rests = False
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._large_waiting = 0
         self._bytes = 0
@@ -163,7 +165,7 @@ class Intake:
     @property
     def is_busy(self) -> bool:
         """Whether as much is being stored as may be at once, and more waits."""
-        return self._small.locked() and bool(self._waiting)
+        return self._small.locked() and bool(self._waiting) and not self._rests
 
     async def drain(self) -> None:
         """Return once everything that waits has been answered."""
@@ -190,7 +192,9 @@ class Intake:
         """Let more come to a flush that would be small, right behind the last one."""
         rest_s = self._rest_until - asyncio.get_running_loop().time()
         if rest_s > 0 and len(self._waiting) < _WORTH_A_FLUSH:
+            self._rests = True
             await asyncio.sleep(rest_s)
+            self._rests = False
 
     async def _flush_small(self, batch: list[_Waiting]) -> None:
         clock = asyncio.get_running_loop().time
@@ -198,7 +202,8 @@ class Intake:
         try:
             await self._flush(batch)
         finally:
-            self._rest_until = clock() + min(clock() - began_at, _LONGEST_REST_S)
+            if len(batch) > 1:
+                self._rest_until = clock() + min(clock() - began_at, _LONGEST_REST_S)
             self._small.release()
 
     async def _flush_large(self, waiting: _Waiting) -> None:

@@ -166,6 +166,9 @@ class Recorder:
     def _settle(self, results: int) -> None:
         self._settled += results
         self._progress.set()
+        self._tell_settled()
+
+    def _tell_settled(self) -> None:
         for tell in self.on_settled:
             tell()
 
@@ -224,6 +227,7 @@ class Recorder:
                     self._refused.rotate(-1)
                 else:
                     self._refused.popleft()
+                    self._tell_settled()
                     self._told([one])
             if refusal is not None:
                 log.warning(

@@ -22,6 +22,7 @@ from mailgrpc.worker.drain import Drain
 from mailgrpc.worker.expiry import Expiry
 from mailgrpc.worker.journal import Journal
 from mailgrpc.worker.outage import Outage
+from mailgrpc.worker.pace import AHEAD_S
 from mailgrpc.worker.record import Recorder
 from mailgrpc.worker.sessions import BEATS_A_LEASE, Session
 from mailgrpc.worker.sweep import Reaper, Sweeper
@@ -29,8 +30,9 @@ from mailgrpc.worker.sweep import Reaper, Sweeper
 log = logging.getLogger(__name__)
 
 _RING_WAIT_S = 10.0
-_IDLE_LOOK_S = 1.0
-"""While nothing goes out: each wakening costs up to a millisecond on a machine that sleeps."""
+_IDLE_LOOK_S = AHEAD_S - LOOK_S
+"""Longer between two looks while nothing goes out: each wakening costs up to a millisecond on a machine
+that sleeps. Not longer, or more than goes out in AHEAD_S could end before the pace is looked at."""
 _WIRE_SHARE = 0.7  # of the grace time, for what is on the wire
 _SESSION_SHARE = 0.8  # until then the session is over; the rest is for connections that are silent
 _BEATS_CLOSE_S = 0.4  # nobody waits for a beat any more

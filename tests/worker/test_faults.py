@@ -14,7 +14,7 @@ from mailgrpc.db.deliveries import claim_due
 from mailgrpc.db.engine import Database
 from mailgrpc.db.workers import end_session, open_session, release_unstarted
 from mailgrpc.worker.call import GIVEN_UP_AT_CLAIMS
-from tests.gateway import until
+from tests.gateway import PATIENCE_S, until
 from tests.worker.rig import Clock, Gate, LossyDatabase, Part, Scripted, Store
 
 
@@ -164,8 +164,9 @@ async def test_no_more_is_started_while_too_much_is_unrecorded(
         await until(lambda: len(part.recorder) == 2)
         assert len(provider.held) == 2
         lossy.away = False
-        await draining
-        await part.recorded()
+        async with asyncio.timeout(PATIENCE_S):
+            await draining
+            await part.recorded()
         assert len(part.outbox) == 20
 
 
@@ -182,7 +183,8 @@ async def test_a_flush_that_would_be_full_does_not_wait_for_more(
         await part.drain.drain_once()
         await until(lambda: len(provider.held) == 6)
         provider.open()
-        await part.recorded()
+        async with asyncio.timeout(PATIENCE_S):
+            await part.recorded()
     assert {await store.state(message) for message in messages} == {State.SENT}
 
 
