@@ -2,7 +2,7 @@
 
     python -m bench [ROW …] [--record]
 
-Exit 1 where a row is void or short of what is wanted. `--record` writes the counterparts' rates
+Exit 1 where a row is void or short of what is wanted; one that breaks off is void, and the others go on. `--record` writes the counterparts' rates
 as the floors of this kind of machine: a later row in which one falls below 0.9 of its floor is void,
 because then the machine was busy with something else. Times of single mails have none: they double from
 one minute to the next.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
 from pathlib import Path
 
 from bench import machine, report
@@ -51,8 +52,12 @@ def main() -> None:
     took: dict[str, float] = {}
     for name in options.rows or ROWS:
         began = time.monotonic()
-        with family() as stores:
-            rows = ROWS[name](stores)
+        try:
+            with family() as stores:
+                rows = ROWS[name](stores)
+        except Exception as error:  # noqa: BLE001  an hour of other rows is not lost with it
+            traceback.print_exc()
+            rows = [Measured(name, void=[f"it broke off: {error!r}"])]
         took[name] = time.monotonic() - began
         for row in rows:
             if not options.record:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -105,8 +106,8 @@ class Intake:
     """The queue before the flush, of one process. `lane` is where its events go.
 
     One of siblings, which share the processors, makes one flush at a time. After one that several calls
-    shared it lets more come, for as long as that took, unless so many wait already. Whoever comes alone,
-    or call after call, waits for nothing.
+    shared it lets more come, for as long as this process was busy meanwhile, unless so many wait
+    already. Whoever comes alone, or call after call, waits for nothing.
     """
 
     def __init__(
@@ -197,13 +198,14 @@ class Intake:
             self._rests = False
 
     async def _flush_small(self, batch: list[_Waiting]) -> None:
-        clock = asyncio.get_running_loop().time
-        began_at = clock()
+        used_s = time.process_time()
         try:
             await self._flush(batch)
         finally:
             if len(batch) > 1:
-                self._rest_until = clock() + min(clock() - began_at, _LONGEST_REST_S)
+                # What was spent waiting, for a disk or a standby, says nothing of full processors.
+                rest_s = min(time.process_time() - used_s, _LONGEST_REST_S)
+                self._rest_until = asyncio.get_running_loop().time() + rest_s
             self._small.release()
 
     async def _flush_large(self, waiting: _Waiting) -> None:
