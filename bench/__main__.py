@@ -2,10 +2,10 @@
 
     python -m bench [ROW …] [--record]
 
-Exit 1 where a row is void or short of what is wanted; one that breaks off is void, and the others go on. `--record` writes the counterparts' rates
-as the floors of this kind of machine: a later row in which one falls below 0.9 of its floor is void,
-because then the machine was busy with something else. Times of single mails have none: they double from
-one minute to the next.
+Exit 1 where a row is void or short of what is wanted; one that breaks off is void, and the others go on.
+`--record` writes the counterparts' rates as the floors of this kind of machine: a later row in which one
+falls below 0.9 of its floor is void, because then the machine was busy with something else. Times of
+single mails have none: they double from one minute to the next.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ stored whole or not at all, and one that cannot be stored fails alone.
 
 How. Two flushes may be under way, so that the server reads and answers calls while PostgreSQL
 stores others; what comes meanwhile shares the next one. No timer: without load a call waits for
-nothing. Beside siblings one flush may be, and a rest after it (`Intake`). A flush is bounded; a large message goes in one of its own, beside the others, so that it
-does not hold them. What a worker has given credit for is started in the same commit
+nothing. Beside siblings there is one at a time, and a rest after it (`Intake`). A flush is bounded; a
+large message goes in one of its own, beside the others, so that it does not hold them. What a worker has given credit for is started in the same commit
 (mailgrpc/handover.py), and the others are rung for.
 
 What can go wrong.
