@@ -8,6 +8,7 @@ Everything here blocks; tests call it from a thread.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import socket
@@ -80,8 +81,22 @@ class Node:
         until(lambda: cluster.postmaster_state(self.place)[1] in ("ready", "standby"))
 
     def kill(self) -> None:
-        """SIGKILL, the server and its sessions: as if the machine had gone."""
+        """SIGKILL, the server and its sessions: as if the machine had gone.
+
+        The sessions first, and unseen by the server, which is stopped: one that outlives it by an
+        instant ends its wait for the standby, and others are shown what no standby has.
+        """
         assert self._process is not None
+        server = self._process.pid
+
+        async def main() -> None:
+            connection = await self._connect()
+            os.kill(server, signal.SIGSTOP)
+            for row in await connection.fetch("SELECT pid FROM pg_stat_activity"):
+                os.kill(row["pid"], signal.SIGKILL)
+            connection.terminate()
+
+        asyncio.run(main())
         self._process.stop(signal.SIGKILL, PATIENCE_S)
 
     def stop(self) -> None:
@@ -92,8 +107,7 @@ class Node:
         """Run one statement as the superuser."""
 
         async def main() -> list[Any]:
-            url = f"postgresql://postgres@127.0.0.1:{self.port}/mailgrpc?sslmode=disable"
-            connection = await asyncpg.connect(url, timeout=5)
+            connection = await self._connect()
             try:
                 return await connection.fetch(sql)
             finally:
@@ -110,6 +124,10 @@ class Node:
         self.run(f"ALTER SYSTEM SET {name} = '{value}'")
         self.run("SELECT pg_reload_conf()")
         until(lambda: self.value(f"SHOW {name}") == value)
+
+    async def _connect(self) -> asyncpg.Connection:
+        url = f"postgresql://postgres@127.0.0.1:{self.port}/mailgrpc?sslmode=disable"
+        return await asyncpg.connect(url, timeout=5)
 
     def _launch(self, argv: list[str], directory: Path) -> Process:
         return self._slot.launch(
