@@ -50,6 +50,9 @@ LISTENERS = 4 if sys.platform == "linux" else 1
 """gRPC's servers in this process, on one port. Each asks for one call after the other, which takes
 several turns of the event loop and a way through a thread; so connections are spread over several,
 which take calls in side by side. Linux alone spreads them."""
+WAITING_CALLS = 10_000
+"""So many may wait in each of gRPC's servers until it asks for the next; a call costs 16 kB there. gRPC
+itself lets 1,000 wait, and tells more and more of the others CANCELLED, with nothing to go by."""
 # In the pool of descriptors, so that reflection can name them and error details print.
 _TOLD_BY_REFLECTION = (error_details_pb2, status_pb2)
 
@@ -286,6 +289,8 @@ def _options(*, shared: bool) -> list[tuple[str, Any]]:
         ("grpc.so_reuseport", int(shared)),
         ("grpc.max_receive_message_length", _RECEIVED_BYTES),
         ("grpc.max_send_message_length", -1),
+        ("grpc.server.max_pending_requests", WAITING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", WAITING_CALLS),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -178,6 +178,17 @@ async def test_connections_are_spread_and_each_is_served_all(server_only: Gatewa
     await asyncio.gather(*(channel.close() for channel in channels))
 
 
+async def test_calls_that_come_while_the_server_does_something_else_wait(
+    server_only: Gateway,
+) -> None:
+    with grpc.insecure_channel(server_only.target) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        # From the server's own loop, which so takes none of them in until all have come.
+        calls = [check.future(health_pb2.HealthCheckRequest()) for _ in range(2500)]
+        errors = await asyncio.to_thread(lambda: [call.exception(PATIENCE_S) for call in calls])
+    assert {str(error) for error in errors} == {"None"}
+
+
 async def test_a_key_file_that_is_missing_is_named(settings: Settings, db: Database) -> None:
     broken = replace(settings, tls_cert_file=Path("/no/cert"), tls_key_file=Path("/no/key"))
     with pytest.raises(SettingsError, match=r"MAILGRPC_TLS_KEY_FILE = /no/key: No such file"):
