@@ -47,18 +47,20 @@ def _serve_together(settings: Settings) -> int:
 async def _serve(settings: Settings, stop: asyncio.Event) -> None:
     # The parent of several servers needs none of this.
     from mailgrpc.db.engine import Database  # noqa: PLC0415
+    from mailgrpc.server import wakeups  # noqa: PLC0415
     from mailgrpc.server.app import MailServer  # noqa: PLC0415
 
     database = Database(settings.database_url, pool_size=settings.database_pool)
-    try:
-        server = MailServer(settings, database)
-        await database.open()
-        where = await server.start()
-        gc.freeze()  # all that was imported by now: looking through it takes 30 ms
-        if settings.sibling is None:
-            click.echo(f"serving on {where}", err=True)
-        notify_ready(settings.ready_fd, str(where))
-        await stop.wait()
-        await server.stop()
-    finally:
-        await database.close()
+    with wakeups.gathered():
+        try:
+            server = MailServer(settings, database)
+            await database.open()
+            where = await server.start()
+            gc.freeze()  # all that was imported by now: looking through it takes 30 ms
+            if settings.sibling is None:
+                click.echo(f"serving on {where}", err=True)
+            notify_ready(settings.ready_fd, str(where))
+            await stop.wait()
+            await server.stop()
+        finally:
+            await database.close()
