@@ -7,6 +7,7 @@ can help:
     UNAVAILABLE          yes
     DEADLINE_EXCEEDED    yes: one try has a shorter deadline than the whole call
     RESOURCE_EXHAUSTED   where the server says when to come back (QUEUE_FULL, RATE_LIMITED)
+    CANCELLED            where it says nothing but that: a call that a server never looked at
     anything else        no
 
 A stream only reads, so it is also resumed after what a proxy or the transport makes of a broken
@@ -47,7 +48,8 @@ class CallPolicy:
     ) -> float | None:
         """The wait before a call is tried again; None: it is not, the error stands."""
         exhausted = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        if error.code not in _TRANSIENT and not (exhausted and error.retry_after_s is not None):
+        comes_back = exhausted and error.retry_after_s is not None
+        if error.code not in _TRANSIENT and not comes_back and not _was_turned_away(error):
             return None
         wait = self.backoff(error, tries_made, rng)
         return wait if wait < left_s else None
@@ -64,3 +66,11 @@ class CallPolicy:
         doubled = self.first_wait_s * 2.0 ** min(failures - 1, 30)
         wait = min(doubled, self.longest_wait_s) * rng.uniform(0.5, 1)
         return max(wait, (error.retry_after_s or 0) * rng.uniform(1, 1.2))
+
+
+def _was_turned_away(error: MailError) -> bool:
+    """Whether gRPC itself ended a call that waited to be taken in: too many did, or the server ended.
+
+    It says CANCELLED with its own name for a text. What the caller cancels here has another.
+    """
+    return error.code is grpc.StatusCode.CANCELLED and error.text == error.code.name

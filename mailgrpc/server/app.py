@@ -50,9 +50,10 @@ LISTENERS = 4 if sys.platform == "linux" else 1
 """gRPC's servers in this process, on one port. Each asks for one call after the other, which takes
 several turns of the event loop and a way through a thread; so connections are spread over several,
 which take calls in side by side. Linux alone spreads them."""
-WAITING_CALLS = 10_000
-"""So many may wait in each of gRPC's servers until it asks for the next; a call costs 16 kB there. gRPC
-itself lets 1,000 wait, and tells more and more of the others CANCELLED, with nothing to go by."""
+WAITING_CALLS = 5_000
+"""So many may wait in each of gRPC's servers until it asks for the next; a call costs 16 kB there, and what
+a connection may send ahead is bounded by its window. gRPC itself lets 1,000 wait, and tells more and
+more of the others CANCELLED, with nothing to go by (docs/decisions/0026)."""
 # In the pool of descriptors, so that reflection can name them and error details print.
 _TOLD_BY_REFLECTION = (error_details_pb2, status_pb2)
 

@@ -57,6 +57,8 @@ class MailServiceStub:
                           than 10 MiB, do not try again
       UNAVAILABLE         STORE_UNAVAILABLE, SHUTTING_DOWN: try again after RetryInfo
       DEADLINE_EXCEEDED   the caller's deadline, or the server's own where the caller set none
+      CANCELLED           the caller's doing; or gRPC's own answer to a call that an overrun or ending
+                          server never looked at: try again
       UNIMPLEMENTED       NOT_IMPLEMENTED: this server does not serve the method
       INTERNAL            INTERNAL: a fault in the server
 
@@ -244,6 +246,8 @@ class MailServiceAsyncStub(MailServiceStub):
                           than 10 MiB, do not try again
       UNAVAILABLE         STORE_UNAVAILABLE, SHUTTING_DOWN: try again after RetryInfo
       DEADLINE_EXCEEDED   the caller's deadline, or the server's own where the caller set none
+      CANCELLED           the caller's doing; or gRPC's own answer to a call that an overrun or ending
+                          server never looked at: try again
       UNIMPLEMENTED       NOT_IMPLEMENTED: this server does not serve the method
       INTERNAL            INTERNAL: a fault in the server
 
@@ -427,6 +431,8 @@ class MailServiceServicer:
                           than 10 MiB, do not try again
       UNAVAILABLE         STORE_UNAVAILABLE, SHUTTING_DOWN: try again after RetryInfo
       DEADLINE_EXCEEDED   the caller's deadline, or the server's own where the caller set none
+      CANCELLED           the caller's doing; or gRPC's own answer to a call that an overrun or ending
+                          server never looked at: try again
       UNIMPLEMENTED       NOT_IMPLEMENTED: this server does not serve the method
       INTERNAL            INTERNAL: a fault in the server
 

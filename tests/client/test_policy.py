@@ -48,6 +48,13 @@ def test_a_wait_that_the_time_does_not_allow_is_not_begun() -> None:
     assert wait(CODE.UNAVAILABLE, left_s=0.01) is None
 
 
+def test_what_no_server_looked_at_is_tried_again_and_what_the_caller_cancelled_is_not() -> None:
+    turned_away = error_of(CODE.CANCELLED)(CODE.CANCELLED, "CANCELLED")
+    cancelled_here = error_of(CODE.CANCELLED)(CODE.CANCELLED, "Channel closed!")
+    assert POLICY.wait_before_retry(turned_away, 1, 60, Random(1)) is not None
+    assert POLICY.wait_before_retry(cancelled_here, 1, 60, Random(1)) is None
+
+
 @pytest.mark.parametrize("code", [CODE.INTERNAL, CODE.UNKNOWN, CODE.CANCELLED])
 def test_a_stream_is_resumed_after_what_did_not_come_from_the_server(code: grpc.StatusCode) -> None:
     from_proxy = error_of(code)(code, "RST_STREAM")

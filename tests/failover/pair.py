@@ -92,7 +92,7 @@ class Node:
         async def main() -> None:
             connection = await self._connect()
             os.kill(server, signal.SIGSTOP)
-            for row in await connection.fetch("SELECT pid FROM pg_stat_activity"):
+            for row in await connection.fetch("SELECT pid FROM pg_stat_activity", timeout=5):
                 os.kill(row["pid"], signal.SIGKILL)
             connection.terminate()
 

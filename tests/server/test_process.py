@@ -183,8 +183,10 @@ async def test_calls_that_come_while_the_server_does_something_else_wait(
 ) -> None:
     with grpc.insecure_channel(server_only.target) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
-        # From the server's own loop, which so takes none of them in until all have come.
+        # From the server's own loop, which so takes none of them in before all have come.
         calls = [check.future(health_pb2.HealthCheckRequest()) for _ in range(2500)]
+        with pytest.raises(grpc.FutureTimeoutError):
+            calls[0].exception(0.3)
         errors = await asyncio.to_thread(lambda: [call.exception(PATIENCE_S) for call in calls])
     assert {str(error) for error in errors} == {"None"}
 

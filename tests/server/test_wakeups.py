@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
+from mailgrpc.cli import serve
+
 CALLS = 300
 SCRIPT = f"""
-import asyncio, grpc
+import asyncio, grpc, uvloop
 from mailgrpc.server import wakeups
 
 taken = []
@@ -33,14 +41,14 @@ async def main():
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         with grpc.insecure_channel(f"127.0.0.1:{{port}}") as channel:
-            # Sent from the loop itself, which so has all of their events before it at once.
+            # Sent from the loop itself, which so finds several events when it is woken.
             calls = [channel.unary_unary("/t/echo").future(b"%d" % n) for n in range({CALLS})]
             answers = await asyncio.to_thread(lambda: [call.result(10) for call in calls])
         await server.stop(None)
     assert answers == [b"%d" % n for n in range({CALLS})]
-    print(len(taken), max(taken))
+    print(len(taken), max(taken, default=0))
 
-asyncio.run(main())
+uvloop.run(main())
 """
 
 
@@ -61,3 +69,34 @@ def test_every_call_is_answered_and_the_loop_is_woken_for_several_events(
     times, most = wakings
     assert most > 1
     assert times < 4 * CALLS  # the events of so many calls
+
+
+def test_serve_gathers_before_grpc_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def gathered() -> Iterator[None]:
+        done.append("gathered")
+        yield
+        done.append("let go")
+
+    class Server:
+        def __init__(self, *_: Any) -> None:
+            done.append("made")
+
+        async def start(self) -> str:
+            return "nowhere"
+
+        async def stop(self) -> None:
+            done.append("stopped")
+
+    monkeypatch.setattr(serve.gc, "freeze", lambda: None)
+    monkeypatch.setattr(serve, "notify_ready", lambda *_: None)
+    monkeypatch.setattr("mailgrpc.server.wakeups.gathered", gathered)
+    monkeypatch.setattr("mailgrpc.server.app.MailServer", Server)
+    monkeypatch.setattr("mailgrpc.db.engine.Database", lambda *_, **__: AsyncMock())
+    stop = asyncio.Event()
+    stop.set()
+    settings = SimpleNamespace(database_url="", database_pool=1, sibling=0, ready_fd=None)
+    asyncio.run(serve._serve(settings, stop))
+    assert done == ["gathered", "made", "stopped", "let go"]
