@@ -52,7 +52,12 @@ def kind() -> str:
 
 
 def _processor() -> str:
+    """Its name, family and model: a cloud gives one name to generations that differ by half."""
+    told: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        name, _, value = line.partition(":")
+        told.setdefault(name.strip(), value.strip())
+    if "model name" not in told:
+        return platform.machine()
+    numbers = f"{told.get('cpu family', '?')}/{told.get('model', '?')}"
+    return f"{told['model name']} ({numbers})"
