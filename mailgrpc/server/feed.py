@@ -18,6 +18,10 @@ is read in one statement with the check that its place is still of this history.
 it is not is ended with RESUME_TOKEN_EXPIRED; where it is the tailer's own place, every reader is,
 rather than go on in a different story.
 
+A hundred streams that are opened at once must not hold up the storing of mail, for which they share the
+connections of the process. So where the feed ends is asked once for all who want to know, and readers
+look at the table a few at a time.
+
 Without readers the tailer reads no events at all and only keeps the place fresh. Where all of them
 name the messages that they wait for, it reads the events of these, and what is told to everybody.
 """
@@ -29,14 +33,16 @@ import contextlib
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 from mailgrpc import failpoints
 from mailgrpc.core.event import EVERYTHING, NO_LABELS, Event, Filter, Labels
 from mailgrpc.core.message import MailMessage
 from mailgrpc.core.place import Place, Position, advance
+from mailgrpc.db.connecting import CONNECT_TIMEOUT_S
 from mailgrpc.db.engine import Database
 from mailgrpc.db.events import Page, check_place, read_events, read_page_about, read_place
 from mailgrpc.db.messages import read_labels
@@ -55,6 +61,7 @@ _IDLE_S = 1.0
 _RECONNECT_S = 0.5
 LISTENS_ON_S = 5.0
 """How long hints are listened for after the last reader: the next one need not subscribe anew."""
+_LOOKS_AT_ONCE = 2
 # After a look that found nothing for anybody, so many times as long as it took.
 _REST, _LONGEST_REST_S = 8, 0.04
 _BUSY_REST, _LONGEST_BUSY_REST_S = 20, 0.1
@@ -72,6 +79,9 @@ class Feed:
         self.is_busy: Callable[[], bool] = _never
         """Whether this process has more to do than it can: looks are made less often then."""
         self._rest_until = 0.0
+        self._looks = asyncio.Semaphore(_LOOKS_AT_ONCE)
+        self._now: asyncio.Task[dict[int, Position]] | None = None  # begun last
+        self._next_now: asyncio.Task[dict[int, Position]] | None = None
         self._wake = asyncio.Event()
         self._reader_came = asyncio.Event()
         self._is_read = asyncio.Event()
@@ -126,12 +136,38 @@ class Feed:
             self._left_at = asyncio.get_running_loop().time()
 
     async def now(self) -> dict[int, Position]:
-        """The end of the feed at this moment, asked of the database."""
+        """The end of the feed at this moment, asked of the database. Raises StoreUnavailable.
+
+        One that is being asked for may be of a moment ago: who comes meanwhile shares the next.
+        """
+        if self._next_now is None:
+            asked = self._ask_now(self._now)
+            self._next_now = asyncio.get_running_loop().create_task(asked)
+        return await asyncio.shield(self._next_now)
+
+    async def _ask_now(self, before: asyncio.Task[Any] | None) -> dict[int, Position]:
+        if before is not None:
+            await asyncio.wait([before])
+        self._now, self._next_now = self._next_now, None
         return await read_place(self._database)
 
     async def check(self, place: Place) -> None:
         """Raise TokenExpired unless everything behind this place can still be read."""
-        await check_place(self._database, place)
+        async with self.look():
+            await check_place(self._database, place)
+
+    @contextlib.asynccontextmanager
+    async def look(self) -> AsyncIterator[None]:
+        """A reader's turn at the table. Raises StoreUnavailable where none comes."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S if self._looks.locked() else None):
+                await self._looks.acquire()
+        except TimeoutError as error:
+            raise StoreUnavailable("no reader's turn came in time") from error
+        try:
+            yield
+        finally:
+            self._looks.release()
 
     def end_streams(self) -> None:
         """This process is going away: every reader is told at its next read."""
@@ -155,7 +191,8 @@ class Feed:
         """
         if (at_hand := self.read_at_hand(reader)) is not None:
             return at_hand
-        events = await read_events(self._database, reader.place, PAGE_EVENTS)
+        async with self.look():
+            events = await read_events(self._database, reader.place, PAGE_EVENTS)
         mine = await self._labelled([e for e in events if e.project_id == reader.project_id])
         reader.place = advance(reader.place, events)
         self.ring.try_join(reader)

@@ -215,7 +215,10 @@ class Watch:
         after: uuid.UUID | None = None
         while True:
             self._feed.check_open()
-            page, after = await read_page(self._database, wanted.project_id, wanted.filter, after)
+            async with self._feed.look():
+                page, after = await read_page(
+                    self._database, wanted.project_id, wanted.filter, after
+                )
             for status in page:
                 shown.add(status)
             if len(shown) > SNAPSHOT_DELIVERIES:
