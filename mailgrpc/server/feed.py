@@ -140,9 +140,10 @@ class Feed:
 
         One that is being asked for may be of a moment ago: who comes meanwhile shares the next.
         """
-        if self._next_now is None:
+        if self._next_now is None or self._next_now.done():
             asked = self._ask_now(self._now)
             self._next_now = asyncio.get_running_loop().create_task(asked)
+            self._next_now.add_done_callback(_look_at_it)  # all who asked may have gone
         return await asyncio.shield(self._next_now)
 
     async def _ask_now(self, before: asyncio.Task[Any] | None) -> dict[int, Position]:
@@ -326,6 +327,11 @@ class Feed:
             replace(e, labels=known.get(e.message_id, NO_LABELS)) if e.message_id else e
             for e in events
         ]
+
+
+def _look_at_it(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 def _never() -> bool:
