@@ -42,8 +42,7 @@ from mailgrpc import failpoints
 from mailgrpc.core.event import EVERYTHING, NO_LABELS, Event, Filter, Labels
 from mailgrpc.core.message import MailMessage
 from mailgrpc.core.place import Place, Position, advance
-from mailgrpc.db.connecting import CONNECT_TIMEOUT_S
-from mailgrpc.db.engine import Database
+from mailgrpc.db.engine import FEED_S, Database
 from mailgrpc.db.events import Page, check_place, read_events, read_page_about, read_place
 from mailgrpc.db.messages import read_labels
 from mailgrpc.doorbell import Doorbell
@@ -62,6 +61,7 @@ _RECONNECT_S = 0.5
 LISTENS_ON_S = 5.0
 """How long hints are listened for after the last reader: the next one need not subscribe anew."""
 _LOOKS_AT_ONCE = 2
+_TURN_S = FEED_S + 5.0  # longer than a slow statement of whoever has it
 # After a look that found nothing for anybody, so many times as long as it took.
 _REST, _LONGEST_REST_S = 8, 0.04
 _BUSY_REST, _LONGEST_BUSY_REST_S = 20, 0.1
@@ -161,7 +161,7 @@ class Feed:
     async def look(self) -> AsyncIterator[None]:
         """A reader's turn at the table. Raises StoreUnavailable where none comes."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S if self._looks.locked() else None):
+            async with asyncio.timeout(_TURN_S if self._looks.locked() else None):
                 await self._looks.acquire()
         except TimeoutError as error:
             raise StoreUnavailable("no reader's turn came in time") from error

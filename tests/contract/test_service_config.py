@@ -30,7 +30,7 @@ def test_every_unary_method_stands_in_it_once(contract: Any) -> None:
     }
 
 
-def test_only_unavailable_is_tried_again() -> None:
+def test_what_nobody_answered_or_looked_at_is_tried_again() -> None:
     """DEADLINE_EXCEEDED has no time left; RESOURCE_EXHAUSTED says itself when to come back."""
     for entry in config["methodConfig"]:
         assert entry["retryPolicy"] == {
